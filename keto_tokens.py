@@ -1,0 +1,2585 @@
+#!/usr/bin/env python3
+"""Give each new cloud instance the token with which its kubelet joins a Kubernetes cluster.
+
+Two roles in one file.  The *server* lists the auto-scaling groups that match its filters, makes a
+bootstrap token (a Secret in the cluster) for each instance that needs one, and leaves the token in
+a tag of the instance.  The *client*, on the instance, takes the token from the tag, checks that the
+cluster accepts it, writes the kubelet's bootstrap kubeconfig and marks the tag consumed.
+
+The tag is the whole protocol between the two.  It is absent, then a token `[a-z0-9]{6}.[a-z0-9]{16}`,
+then the word `Success`.  The cluster's own Secrets are the only database: the name of a node's Secret
+is derived from the node, so creating it is the lock, and whatever a crash leaves half done is found
+again by looking.  Nothing is remembered from one pass to the next.
+
+Exit codes:
+  0  done; the server was told to stop; the tag says that the token was consumed already
+  1  a bug in this program: the one case that shows a traceback
+  2  a flag, an environment variable or a command is wrong; nothing was touched
+  3  cannot work as set up: a file, a credential, the cluster or the cloud is missing or refused
+  4  server --once: a part of the pass failed; the next pass finishes it
+  5  client: --timeout passed before there was a live token
+  6  client: the kubeconfig is written, but the tag could not be marked; run it again
+  128+N  client: ended by signal N before it was done
+"""
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit("keto-tokens needs Python 3.10 or newer; this is Python %d.%d" % sys.version_info[:2])
+
+import argparse
+import base64
+import collections
+import contextlib
+import email.utils
+import enum
+import fcntl
+import hashlib
+import ipaddress
+import json
+import logging
+import os
+import random
+import re
+import secrets
+import signal
+import ssl
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("keto-tokens")
+
+
+# ---------------------------------------------------------------------------------------------
+# Constants: what others have fixed, and thresholds with their reasons
+# ---------------------------------------------------------------------------------------------
+
+CONSUMED = "Success"  # the tag's last state, as the Go program of this name wrote it
+SECRET_TYPE = "bootstrap.kubernetes.io/token"
+SECRET_PREFIX = "bootstrap-token-"
+READ_NAMESPACE = "kube-system"  # the only namespace in which the API server looks for tokens
+DEFAULT_GROUPS = "system:bootstrappers:kubeadm:default-node-token"  # as `kubeadm token create`
+SIGNER = "kubernetes.io/kube-apiserver-client-kubelet"
+
+LABEL_MANAGED = "app.kubernetes.io/managed-by"
+LABEL_OWNER = "keto-tokens/owner"
+NOTE_NODE = "keto-tokens/node"  # the instance id
+NOTE_POOL = "keto-tokens/pool"  # the auto-scaling group
+NOTE_FIRST = "keto-tokens/first-issued"  # RFC 3339; since when the node has been asked to join
+NOTE_ISSUED = "keto-tokens/issued"  # RFC 3339; since when it is this secret half
+NOTE_UNPUBLISHED = "keto-tokens/unpublished"  # a new half that the tag may not show yet
+
+TOKEN_NAMES = 8  # how many ids a node tries when others have taken the ones derived from it
+YOUNG = 60.0  # seconds; cloud APIs are eventually consistent, so a young Secret is never "gone"
+JUST_JOINED = 120.0  # seconds after its join in which a tag that still shows a token is an old read
+SKEW = 30.0  # seconds between our clock and the cluster's that are worth a warning
+
+WORKERS = 8  # actions at a time: enough to fill the tagging rate at 0.5 s an action
+TAGS_PER_SECOND, TAGS_BURST = 10.0, 50.0  # half of EC2's CreateTags bucket (100, refilled 10/s)
+PAGE = 500  # objects a page, as kubectl asks for
+TIMEOUTS = 5.0, 20.0  # seconds to connect, and to wait for more of an answer
+LIST_LIMIT, OBJECT_LIMIT = 64 << 20, 4 << 20  # bytes of an answer that are still believable
+ATTEMPTS = 3  # tries of one call; the next pass is the real retry
+MARK_ATTEMPTS = 5  # tries of the mark: about 15 s, since the kubelet may be waiting for our exit
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors: one root, each class owns its exit code; caught in main, anything else is a bug
+# ---------------------------------------------------------------------------------------------
+
+
+class KetoError(Exception):
+    """An expected failure, as opposed to a bug: what was done, to what, what came back."""
+
+    exit_code = 3
+    again = False  # whether the same call may go through later
+    after = 0.0  # seconds that the other side asked us to wait before
+
+
+class UsageError(KetoError):
+    """A flag, environment variable or command that cannot be meant; nothing was touched."""
+
+    exit_code = 2
+
+
+class SetupError(KetoError):
+    """Nothing will work until somebody changes something: no credentials, no cluster, a bad file."""
+
+
+class Refused(SetupError):
+    """The cluster does not know the credential (401)."""
+
+
+class Unreachable(SetupError):
+    """Nobody answers where the cluster or the metadata service should be."""
+
+    again = True
+
+
+class NoCredentials(SetupError):
+    """No credential for the cloud is found; a new instance's role can take some seconds to appear."""
+
+    again = True
+
+
+class CallFailed(KetoError):
+    """One call to the cloud or the cluster failed; `status` is the HTTP status, 0 for none."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, *, status: int = 0, again: bool = False, after: float = 0.0):
+        super().__init__(message)
+        self.status, self.again, self.after = status, again, after
+
+
+class Superseded(CallFailed):
+    """Another server was quicker; what it did is seen in the next pass."""
+
+
+class PassFailed(KetoError):
+    """A pass in which an action failed."""
+
+    exit_code = 4
+
+
+class TimedOut(KetoError):
+    """The client's --timeout passed."""
+
+    exit_code = 5
+
+
+class NotMarked(KetoError):
+    """The kubeconfig is in place, but the tag does not say so."""
+
+    exit_code = 6
+
+
+class Interrupted(KetoError):
+    """The client was told to stop before it was done."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name} before a token was consumed")
+        self.exit_code = 128 + signum
+
+
+# ---------------------------------------------------------------------------------------------
+# Records: frozen, compared by value; no repr shows a secret
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Token:
+    """A bootstrap token.  The id is public; the secret half is shown by `value` alone."""
+
+    id: str
+    secret: str = field(repr=False)
+
+    @property
+    def value(self) -> str:
+        """The token as the tag and the kubelet carry it: `id.secret`."""
+        return f"{self.id}.{self.secret}"
+
+    def __str__(self) -> str:
+        return f"{self.id}.<redacted>"
+
+
+@dataclass(frozen=True)
+class Node:
+    """An instance as the cloud lists it.  `tag` is the raw value of our tag, None when absent."""
+
+    id: str
+    pool: str
+    state: str
+    tag: str | None = field(default=None, repr=False)
+    wanted: bool = True  # it should have a token
+    gone: bool = False  # it is ending; it will never need one again
+    new_disk: bool = False  # its root volume is being replaced: the kubelet's credentials are lost
+
+    @property
+    def token(self) -> Token | None:
+        """The token in the tag, None when there is none or the value is something else."""
+        return parse_token(self.tag)
+
+    @property
+    def consumed(self) -> bool:
+        """Whether the tag says that a client has taken the token."""
+        return self.tag == CONSUMED
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The nodes of one pass.  Only a `complete` listing says that what is missing is gone."""
+
+    nodes: tuple[Node, ...]
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class TokenSecret:
+    """A bootstrap-token Secret of ours.  Times are seconds since the epoch by the cluster's clock."""
+
+    name: str
+    uid: str
+    version: str
+    token: Token
+    node_id: str
+    pool: str
+    created: float
+    expires: float  # 0 when unparseable: the API server calls that expired
+    first_issued: float
+    issued: float
+    unpublished: bool = False
+    body: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def live(self, now: float) -> bool:
+        """Whether the API server still accepts the token."""
+        return now < self.expires
+
+
+class Join(enum.Enum):
+    """How far a node has come with the token of its Secret."""
+
+    NO_CSR = "no CSR"
+    DENIED = "CSR denied"
+    PENDING = "CSR waits for approval"
+    ISSUED = "certificate issued, no Node yet"
+    JOINED = "joined"
+    UNKNOWN = "unknown"
+
+
+class Kind(enum.Enum):
+    """What a pass does with one node or Secret."""
+
+    ISSUE = "issue"  # create the Secret, then tag the node
+    RENEW = "renew"  # a new secret half in the Secret that is there, then tag the node
+    PUBLISH = "publish"  # tag the node with the token of its Secret
+    EXTEND = "extend"  # a later expiration
+    FINISH = "finish"  # mark the tag consumed, then delete the Secret
+    REVOKE = "revoke"  # delete the Secret
+    WAIT = "wait"  # something is under way
+    LEAVE = "leave"  # nothing to do
+
+
+WRITES = (Kind.ISSUE, Kind.RENEW, Kind.PUBLISH, Kind.EXTEND, Kind.FINISH, Kind.REVOKE)
+
+
+@dataclass(frozen=True)
+class Action:
+    """One decision of `plan`, with its reason in words."""
+
+    kind: Kind
+    node: Node
+    secret: TokenSecret | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The times `plan` decides by, in seconds, and whether it may revoke."""
+
+    ttl: float = 1800.0
+    give_up: float = 7200.0
+    revoke: bool = True
+
+
+@dataclass(frozen=True)
+class World:
+    """All that one pass has seen.  `joins` is by Secret name; a missing name is `NO_CSR`."""
+
+    listing: Listing
+    secrets: tuple[TokenSecret, ...]
+    joins: Mapping[str, Join]
+    joined_lately: frozenset[str]  # token ids with which a Node joined in the last JUST_JOINED s
+    now: float
+
+
+# ---------------------------------------------------------------------------------------------
+# Decisions: pure functions, no I/O, no clock, no randomness
+# ---------------------------------------------------------------------------------------------
+
+_TOKEN = re.compile(r"([a-z0-9]{6})\.([a-z0-9]{16})")
+_TOKEN_ANYWHERE = re.compile(r"(?<![a-z0-9])([a-z0-9]{6})\.[a-z0-9]{16}(?![a-z0-9])")
+_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+def parse_token(value: str | None) -> Token | None:
+    """A bootstrap token in Kubernetes' format `[a-z0-9]{6}.[a-z0-9]{16}`, or None."""
+    match = _TOKEN.fullmatch(value or "")
+    return Token(match[1], match[2]) if match else None
+
+
+def redact(text: str, *known: str) -> str:
+    """The text without the secret half of any token in it, and without the values `known`."""
+    for value in known:
+        text = text.replace(value, "<redacted>") if value else text
+    return _TOKEN_ANYWHERE.sub(r"\1.<redacted>", text)
+
+
+def base36(number: int) -> str:
+    """The number in base 36, least significant digit first, so that any prefix is uniform."""
+    digits = ""
+    while number:
+        number, digit = divmod(number, 36)
+        digits += _ALPHABET[digit]
+    return digits
+
+
+def owner_hash(cloud: str, scope: str, tag_name: str, filters: Mapping[str, str]) -> str:
+    """The label that sets servers of other clouds, regions, tags or filters apart from this one."""
+    text = json.dumps([cloud, scope, tag_name, sorted(filters.items())])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def token_ids(owner: str, node_id: str) -> list[str]:
+    """The ids that a node's token may have, the first one first (the others are for collisions)."""
+    texts = [json.dumps([owner, node_id, n]) for n in range(TOKEN_NAMES)]
+    digests = [int.from_bytes(hashlib.sha256(text.encode()).digest(), "big") for text in texts]
+    return [base36(digest)[:6] for digest in digests]
+
+
+def format_time(seconds: float) -> str:
+    """RFC 3339 in UTC with whole seconds, the form that Kubernetes writes."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse_time(text: Any) -> float:
+    """Seconds since the epoch of an RFC 3339 time; 0.0, long ago, when it is none."""
+    try:
+        moment = datetime.fromisoformat(re.sub(r"(\.\d+)?Z$", "+00:00", text))
+        return moment.timestamp() if moment.tzinfo else 0.0
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+
+
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h)")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration as Go writes it: `10s`, `1h30m`, `500ms`.  Raises ValueError."""
+    if text == "0":
+        return 0.0
+    parts = _DURATION_PART.findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise ValueError(f"{text!r} is not a duration such as 10s, 1h30m or 500ms")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def format_duration(seconds: float) -> str:
+    """A duration for people, to the second: `1h30m`, `29m59s`, `0s`."""
+    whole = max(0, round(seconds))
+    parts = [(whole // 3600, "h"), (whole % 3600 // 60, "m"), (whole % 60, "s")]
+    return "".join(f"{number}{unit}" for number, unit in parts if number) or "0s"
+
+
+def plan(world: World, policy: Policy) -> list[Action]:
+    """What to do with each node, and with each Secret whose node is gone.
+
+    One action for each node of the listing (the first entry counts when an id comes twice) and one
+    for each Secret without one.  The rows are those of the protocol table in README.
+    """
+    nodes: dict[str, Node] = {}
+    for node in world.listing.nodes:
+        nodes.setdefault(node.id, node)
+    owned = secrets_by_node(world, nodes)
+    actions = [decide(node, owned.get(node.id), world, policy) for node in nodes.values()]
+    return actions + [
+        orphan(secret, world, policy) for node_id, secret in owned.items() if node_id not in nodes
+    ]
+
+
+def secrets_by_node(world: World, nodes: Mapping[str, Node]) -> dict[str, TokenSecret]:
+    """The Secret that counts for each node.
+
+    There can be two only after another owner's Secret held the first name for a while.  The one in
+    use counts: live, in the tag, with a CSR, and last the older one; the other one expires.
+    """
+
+    def rank(secret: TokenSecret) -> tuple[bool, bool, bool, float, str]:
+        node = nodes.get(secret.node_id)
+        join = world.joins.get(secret.name, Join.NO_CSR)
+        in_tag = node is not None and node.token == secret.token
+        return secret.live(world.now), in_tag, join != Join.NO_CSR, -secret.issued, secret.name
+
+    return {secret.node_id: secret for secret in sorted(world.secrets, key=rank)}
+
+
+def decide(node: Node, secret: TokenSecret | None, world: World, policy: Policy) -> Action:
+    """The row of the protocol table that this node is in."""
+    if node.gone and secret:
+        return orphan(secret, world, policy, node)
+    if not node.wanted:
+        return Action(Kind.LEAVE, node, secret, f"lifecycle state {node.state}")
+    if secret is None or not secret.live(world.now):
+        return without_live_secret(node, secret, world, policy)
+    join = world.joins.get(secret.name, Join.NO_CSR)
+    if join is Join.JOINED:
+        return after_join(node, secret, policy)
+    if node.consumed and not secret.unpublished:
+        return after_consumption(node, secret, join, world.now, policy)
+    return before_consumption(node, secret, world.now, policy)
+
+
+def without_live_secret(
+    node: Node, secret: TokenSecret | None, world: World, policy: Policy
+) -> Action:
+    """No token that works: give one, unless the node has taken one already."""
+    in_tag, kind = node.token, Kind.RENEW if secret else Kind.ISSUE
+    lately = in_tag is not None and in_tag.id in world.joined_lately
+    if lately:
+        return Action(Kind.LEAVE, node, secret, "joined just now; its tag may be an old read")
+    if node.consumed and node.new_disk:
+        return Action(kind, node, secret, "its root volume is being replaced")
+    if node.consumed and secret and policy.revoke:
+        return Action(Kind.REVOKE, node, secret, "consumed, and expired")
+    if node.consumed:
+        return Action(Kind.LEAVE, node, secret, "token consumed")
+    if in_tag:
+        return Action(kind, node, secret, "the token in its tag is no longer live")
+    return Action(kind, node, secret, "its tag holds no token" if node.tag else "no token yet")
+
+
+def before_consumption(node: Node, secret: TokenSecret, now: float, policy: Policy) -> Action:
+    """The token is live and not yet consumed: see that the node can find it."""
+    if secret.unpublished:
+        return Action(Kind.PUBLISH, node, secret, "its new token may not be in its tag yet")
+    if node.token != secret.token:
+        why = "its tag holds another token" if node.token else "its tag lacks the token"
+        return Action(Kind.PUBLISH, node, secret, why)
+    if near_expiry(secret, now, policy):
+        return Action(Kind.EXTEND, node, secret, "not consumed, and about to expire")
+    return Action(Kind.WAIT, node, secret, "not consumed yet")
+
+
+def after_consumption(
+    node: Node, secret: TokenSecret, join: Join, now: float, policy: Policy
+) -> Action:
+    """The client has the token, the kubelet has not joined: keep it alive, within reason."""
+    why = f"consumed, {join.value}"
+    if join is Join.UNKNOWN:
+        return Action(Kind.WAIT, node, secret, "consumed; its join cannot be seen, so it expires")
+    if not near_expiry(secret, now, policy):
+        return Action(Kind.WAIT, node, secret, why)
+    if now - secret.first_issued >= policy.give_up:
+        return Action(Kind.WAIT, node, secret, f"{why}; given up, it expires")
+    # A kubelet that waits for its certificate does so with this very half: it must not change.
+    kind = Kind.EXTEND if join in (Join.PENDING, Join.ISSUED) else Kind.RENEW
+    return Action(kind, node, secret, f"{why}, and about to expire")
+
+
+def after_join(node: Node, secret: TokenSecret, policy: Policy) -> Action:
+    """The token has done its work."""
+    if node.consumed and policy.revoke:
+        return Action(Kind.REVOKE, node, secret, "joined")
+    if node.consumed:
+        return Action(Kind.LEAVE, node, secret, "joined; its token expires")
+    if node.token == secret.token:
+        return Action(Kind.FINISH, node, secret, "joined, but not marked as consumed")
+    return Action(Kind.RENEW, node, secret, "joined before, and its tag was taken away since")
+
+
+def orphan(
+    secret: TokenSecret, world: World, policy: Policy, node: Node | None = None
+) -> Action:
+    """A Secret whose node is ending or no longer listed."""
+    node = node or Node(secret.node_id, secret.pool, "gone", wanted=False, gone=True)
+    if not world.listing.complete:
+        return Action(Kind.WAIT, node, secret, "perhaps gone: the listing was not complete")
+    if world.now - secret.created < YOUNG:
+        return Action(Kind.WAIT, node, secret, "perhaps gone: its Secret is under a minute old")
+    if not policy.revoke:
+        return Action(Kind.LEAVE, node, secret, "its node is gone; its token expires")
+    return Action(Kind.REVOKE, node, secret, "its node is gone")
+
+
+def near_expiry(secret: TokenSecret, now: float, policy: Policy) -> bool:
+    """Under a third of the TTL is left: with passes every few seconds there are many more tries."""
+    return secret.expires - now < policy.ttl / 3
+
+
+def secret_body(
+    token: Token, node: Node, owner: str, groups: str, now: float, ttl: float
+) -> dict[str, Any]:
+    """The Secret of a new token, as `kubeadm token create` would make it, and ours by its labels."""
+    notes = {NOTE_NODE: node.id, NOTE_POOL: node.pool}
+    notes |= {NOTE_FIRST: format_time(now), NOTE_ISSUED: format_time(now)}
+    if node.consumed:
+        notes[NOTE_UNPUBLISHED] = "true"
+    data = {
+        "token-id": token.id,
+        "token-secret": token.secret,
+        "expiration": format_time(now + ttl),
+        "description": f"keto-tokens: {node.id} of {node.pool}",
+        "usage-bootstrap-authentication": "true",
+        "usage-bootstrap-signing": "true",
+        "auth-extra-groups": groups,
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "type": SECRET_TYPE,
+        "metadata": {
+            "name": SECRET_PREFIX + token.id,
+            "labels": {LABEL_MANAGED: "keto-tokens", LABEL_OWNER: owner},
+            "annotations": notes,
+        },
+        "data": {key: base64.b64encode(value.encode()).decode() for key, value in data.items()},
+    }
+
+
+def changed_body(
+    secret: TokenSecret, data: Mapping[str, str], notes: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """The Secret with some of its data and annotations changed, and all else as it was read.
+
+    A note of None is taken away.  The resourceVersion goes along, so that the update is refused
+    when somebody else has written in between.
+    """
+    encoded = {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
+    metadata = dict(secret.body["metadata"])
+    merged = {**metadata.get("annotations", {}), **notes}
+    metadata["annotations"] = {key: value for key, value in merged.items() if value is not None}
+    metadata.pop("managedFields", None)
+    changed = {**secret.body, "apiVersion": "v1", "kind": "Secret", "metadata": metadata}
+    return {**changed, "data": {**secret.body["data"], **encoded}}
+
+
+def parse_secret(body: Mapping[str, Any], owner: str) -> TokenSecret | None:
+    """The record of a Secret, or None when it is not one of ours, whatever its labels say."""
+    try:
+        metadata, data = body["metadata"], body["data"]
+        labels, notes = metadata.get("labels", {}), metadata.get("annotations", {})
+        token = Token(_decode(data["token-id"]), _decode(data["token-secret"]))
+        node_id = notes[NOTE_NODE]
+        created = parse_time(metadata["creationTimestamp"])
+        ours = (
+            body.get("type") == SECRET_TYPE
+            and (labels.get(LABEL_MANAGED), labels.get(LABEL_OWNER)) == ("keto-tokens", owner)
+            and metadata["name"] == SECRET_PREFIX + token.id
+            and token.id in token_ids(owner, node_id)
+        )
+        return TokenSecret(
+            name=metadata["name"],
+            uid=metadata["uid"],
+            version=metadata["resourceVersion"],
+            token=token,
+            node_id=node_id,
+            pool=notes.get(NOTE_POOL, ""),
+            created=created,
+            expires=parse_time(_decode(data.get("expiration", ""))),
+            first_issued=parse_time(notes.get(NOTE_FIRST)) or created,
+            issued=parse_time(notes.get(NOTE_ISSUED)) or created,
+            unpublished=NOTE_UNPUBLISHED in notes,
+            body=body,
+        ) if ours else None
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def _decode(text: str) -> str:
+    return base64.b64decode(text, validate=True).decode()
+
+
+@dataclass(frozen=True)
+class Csr:
+    """A kubelet's certificate signing request that was made with a bootstrap token."""
+
+    token_id: str
+    state: Join  # PENDING, DENIED or ISSUED
+    decided: float  # when it was approved or denied, else when it was made
+    node_name: str
+
+
+def parse_csr(body: Mapping[str, Any]) -> Csr | None:
+    """The record of a CSR, or None when no bootstrap token made it."""
+    try:
+        spec, status = body["spec"], body.get("status", {})
+        user = re.fullmatch(r"system:bootstrap:([a-z0-9]{6})", spec["username"])
+        if spec["signerName"] != SIGNER or not user:
+            return None
+        conditions = status.get("conditions") or []
+        times = [parse_time(condition.get("lastUpdateTime")) for condition in conditions]
+        types = {condition.get("type") for condition in conditions}
+        state = Join.DENIED if types & {"Denied", "Failed"} else Join.PENDING
+        return Csr(
+            token_id=user[1],
+            state=Join.ISSUED if status.get("certificate") else state,
+            decided=max([*times, parse_time(body["metadata"]["creationTimestamp"])]),
+            node_name=requested_node(spec["request"]),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def requested_node(request: str) -> str:
+    """The node name in a CSR (base64 of PEM of PKCS#10): its subject's CN is `system:node:NAME`.
+
+    The CN is found by its object identifier 2.5.4.3; in a request nothing but the subject comes
+    before it, and the API server has checked the structure.  Raises ValueError when there is none.
+    """
+    pem = base64.b64decode(request).decode()
+    der = base64.b64decode("".join(pem.split("-----")[2].split()))
+    start = der.index(b"\x06\x03\x55\x04\x03") + 6  # behind it: the string's type and length
+    long_form = der[start] == 0x81
+    length, begin = (der[start + 1], start + 2) if long_form else (der[start], start + 1)
+    return der[begin : begin + length].decode().removeprefix("system:node:")
+
+
+def latest_csr(secret: TokenSecret, csrs: Iterable[Csr]) -> Csr | None:
+    """The CSR that tells how far the node came with *this* half of its token, None when none does.
+
+    A node's token id stays the same for its life and CSRs are kept for an hour, so one that was
+    decided before this half was issued belongs to an earlier join.  An undecided one always counts:
+    a kubelet that starts again with the same key goes on waiting for it.
+    """
+    order = [Join.DENIED, Join.PENDING, Join.ISSUED]
+    mine = [
+        csr
+        for csr in csrs
+        if csr.token_id == secret.token.id
+        and (csr.state is Join.PENDING or csr.decided >= secret.issued)
+    ]
+    return max(mine, key=lambda csr: order.index(csr.state), default=None)
+
+
+# ---------------------------------------------------------------------------------------------
+# HTTP: one funnel, with timeouts, a size limit and no redirects
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An HTTP answer, read whole."""
+
+    status: int
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes = field(repr=False)
+
+
+class Calls:
+    """Counts the calls made, by service and operation, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def add(self, service: str, operation: str) -> None:
+        """Count one call."""
+        with self._lock:
+            self._counts[service, operation] += 1
+
+    def take(self) -> collections.Counter[tuple[str, str]]:
+        """The counts since the last `take`."""
+        with self._lock:
+            counts, self._counts = self._counts, collections.Counter()
+        return counts
+
+
+def send(
+    pool: Any,
+    what: str,
+    method: str,
+    url: str,
+    *,
+    headers: Mapping[str, str],
+    body: bytes | None = None,
+    timeouts: tuple[float, float],
+    limit: int = OBJECT_LIMIT,
+) -> Reply:
+    """One HTTP request.  `pool` is a urllib3 pool manager, `timeouts` are (connect, read) seconds.
+
+    Raises CallFailed (`again` set) for whatever keeps an answer from arriving whole, SetupError when
+    there is nobody to answer or it is somebody else.
+    """
+    import urllib3
+
+    try:
+        response = pool.request(
+            method, url, headers=dict(headers), body=body, retries=False, redirect=False,
+            timeout=urllib3.Timeout(connect=timeouts[0], read=timeouts[1]), preload_content=False,
+        )
+        with contextlib.closing(response):
+            content = read_limited(response, what, limit, timeouts[1])
+            response.release_conn()
+        return Reply(response.status, response.headers, content)
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise transport_error(what, error) from None
+
+
+def read_limited(response: Any, what: str, limit: int, seconds: float) -> bytes:
+    """The body, unless it is larger than `limit` bytes or trickles in for longer than `seconds`."""
+    content, deadline = bytearray(), time.monotonic() + seconds
+    while chunk := response.read1(65536):
+        content += chunk
+        if len(content) > limit:
+            raise CallFailed(f"{what}: the answer is larger than {limit} bytes", again=False)
+        if time.monotonic() > deadline:
+            raise CallFailed(f"{what}: the answer took longer than {seconds:g} s", again=True)
+    return bytes(content)
+
+
+def transport_error(what: str, error: Exception) -> KetoError:
+    """The sentence for a request that got no whole answer."""
+    from urllib3 import exceptions
+
+    text = re.sub(r"^HTTPS?Connection\w*\(.*?\): |\s*\(_ssl\.c:\d+\)", "", redact(str(error)))
+    if isinstance(error, exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text:
+        return SetupError(f"{what}: the server's certificate is not trusted: {text}")
+    if isinstance(error, exceptions.ReadTimeoutError):
+        return CallFailed(f"{what}: no answer in time", again=True)
+    nobody = (exceptions.ConnectTimeoutError, exceptions.NewConnectionError, exceptions.ProxyError)
+    if isinstance(error, nobody):
+        return Unreachable(f"{what}: cannot connect: {text}")
+    return CallFailed(f"{what}: the connection broke: {text}", again=True)
+
+
+def retrying(call: Callable[[], Any], sleep: Callable[[float], Any], attempts: int) -> Any:
+    """What `call` returns, tried again while it fails with `again`, with backoff and jitter."""
+    for attempt in range(1, attempts + 1):
+        try:
+            return call()
+        except KetoError as error:
+            if not error.again or attempt == attempts:
+                raise
+            backoff = random.uniform(0.5, 1.0) * 0.5 * 2**attempt
+            sleep(min(10.0, max(error.after, backoff)))
+    raise AssertionError("unreachable")
+
+
+# ---------------------------------------------------------------------------------------------
+# Kubernetes: how to reach a cluster.  A credential is asked for at every request and never kept:
+# files are rotated under us, exec plugins hand out tokens that expire.
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Credential:
+    """What proves who we are: a bearer token, or a client certificate with its key (PEM), or both."""
+
+    token: str = field(default="", repr=False)
+    certificate: str = field(default="", repr=False)
+    key: str = field(default="", repr=False)
+
+
+CredentialSource = Callable[[bool], Credential]  # the argument: the last one was refused
+
+
+@dataclass(frozen=True)
+class Access:
+    """Where a cluster is and how to be trusted by it.  `ca` is PEM text, "" for the system's."""
+
+    server: str
+    origin: str  # where all this was found, for messages
+    ca: str = field(default="", repr=False)
+    insecure: bool = False
+    server_name: str = ""  # the name in its certificate, when it is not the one in `server`
+    proxy: str = ""
+    credential: CredentialSource = field(default=lambda refused: Credential(), repr=False)
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a file; SetupError names `what` it was to hold."""
+    try:
+        return Path(path).read_text()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SetupError(f"cannot read {what} from {path}: {reason}") from None
+
+
+def read_ca(path: str) -> str:
+    """The PEM certificates in a file, checked to be some."""
+    return checked_ca(read_text(path, "the cluster's CA"), path)
+
+
+def checked_ca(pem: str, origin: str) -> str:
+    """The same text, when it holds certificates that OpenSSL can read."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem)
+        return pem
+    except (ssl.SSLError, ValueError):
+        raise SetupError(f"{origin} holds no certificate in PEM form") from None
+
+
+def static_token(token: str) -> CredentialSource:
+    """A token that was given as such."""
+    return lambda refused: Credential(token=token)
+
+
+def token_file(path: str | Path) -> CredentialSource:
+    """A token in a file that may change at any time, as a pod's service account token does."""
+    return lambda refused: Credential(token=read_text(path, "a bearer token").strip())
+
+
+def in_cluster(environ: Mapping[str, str], folder: str) -> Access:
+    """Access for a pod, from its environment and the service account mounted at `folder`."""
+    host, port = environ["KUBERNETES_SERVICE_HOST"], environ.get("KUBERNETES_SERVICE_PORT", "443")
+    host = f"[{host}]" if ":" in host else host
+    return Access(
+        server=f"https://{host}:{port}",
+        origin=f"the pod's service account in {folder}",
+        ca=read_ca(f"{folder}/ca.crt"),
+        credential=token_file(f"{folder}/token"),
+    )
+
+
+_REQUIRED: Any = object()
+_YAML_NAMES = {str: "string", dict: "mapping", list: "list", bool: "true or false"}
+
+
+class Kubeconfig:
+    """A kubeconfig file.  Whatever is wrong in it is a SetupError that names the file and the field."""
+
+    def __init__(self, path: str):
+        import yaml
+
+        self.path = Path(path).expanduser()
+        try:
+            self.content = yaml.safe_load(read_text(self.path, "a kubeconfig")) or {}
+        except (yaml.YAMLError, RecursionError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f" (line {mark.line + 1})" if mark else ""
+            raise SetupError(f"kubeconfig {path} is not YAML{where}") from None
+
+    def wrong(self, where: str, problem: str) -> NoReturn:
+        """Raise the error for one field."""
+        raise SetupError(f"kubeconfig {self.path}: {where}: {problem}")
+
+    def get(self, holder: Any, where: str, kind: type, default: Any = _REQUIRED) -> Any:
+        """The last field of the dotted `where` in `holder`; without a default it has to be there."""
+        if not isinstance(holder, dict):
+            self.wrong(where.rpartition(".")[0], "is not a mapping")
+        value = holder.get(where.rpartition(".")[2])
+        if value in (None, "") and default is not _REQUIRED:
+            return default
+        if value in (None, ""):
+            self.wrong(where, "is missing")
+        if not isinstance(value, kind):
+            self.wrong(where, f"is not a {_YAML_NAMES[kind]}")
+        return value
+
+    def named(self, kind: str, name: str) -> tuple[Any, str]:
+        """The entry `name` of clusters, users or contexts, and its place for messages."""
+        for entry in self.get(self.content, kind, list, []):
+            if isinstance(entry, dict) and entry.get("name") == name:
+                where = f"{kind}[{name}].{kind[:-1]}"
+                return self.get(entry, where, dict, {}), where
+        return self.wrong(kind, f"there is no {name!r}")
+
+    def text(self, holder: Any, where: str, key: str) -> str:
+        """PEM text that stands in the file as `KEY-data` or in another file named by `KEY`."""
+        embedded = self.get(holder, f"{where}.{key}-data", str, "")
+        path = self.get(holder, f"{where}.{key}", str, "")
+        if not embedded:
+            return read_text(self.path.parent / path, f"{where}.{key}") if path else ""
+        try:
+            return _decode(embedded)
+        except ValueError:
+            return self.wrong(f"{where}.{key}-data", "is not base64")
+
+    def access(self, context: str = "") -> Access:
+        """Access by the named context, or by the current one."""
+        name = context or self.get(self.content, "current-context", str)
+        entry, where = self.named("contexts", name)
+        cluster, at = self.named("clusters", self.get(entry, f"{where}.cluster", str))
+        user = self.get(entry, f"{where}.user", str, "")
+        ca = self.text(cluster, at, "certificate-authority")
+        return Access(
+            server=self.get(cluster, f"{at}.server", str),
+            origin=f"kubeconfig {self.path}, context {name}",
+            ca=checked_ca(ca, f"kubeconfig {self.path}: {at}.certificate-authority") if ca else "",
+            insecure=self.get(cluster, f"{at}.insecure-skip-tls-verify", bool, False),
+            server_name=self.get(cluster, f"{at}.tls-server-name", str, ""),
+            proxy=self.get(cluster, f"{at}.proxy-url", str, ""),
+            credential=self.credential(user, cluster) if user else Access.credential,
+        )
+
+    def credential(self, name: str, cluster: Mapping[str, Any]) -> CredentialSource:
+        """The source of the named user's credential, tried once so that a bad file is told now."""
+        user, where = self.named("users", name)
+        for key in ("auth-provider", "username", "password", "as"):
+            if key in user:
+                self.wrong(f"{where}.{key}", "not supported; use a token, a certificate or exec")
+        if "exec" in user:
+            return ExecPlugin(self, user, f"{where}.exec", cluster)
+        path = self.get(user, f"{where}.tokenFile", str, "")
+        token = self.get(user, f"{where}.token", str, "")
+
+        def source(refused: bool) -> Credential:
+            from_file = path and read_text(self.path.parent / path, f"{where}.tokenFile").strip()
+            certificate = self.text(user, where, "client-certificate")
+            key = self.text(user, where, "client-key")
+            if bool(certificate) != bool(key):
+                self.wrong(where, "client-certificate and client-key go together")
+            return Credential(from_file or token, certificate, key)
+
+        source(False)
+        return source
+
+
+class ExecPlugin:
+    """A credential from a command: client.authentication.k8s.io/v1 and v1beta1.
+
+    What the command printed is kept until its expirationTimestamp, or until it was refused.
+    """
+
+    def __init__(self, config: Kubeconfig, user: Any, where: str, cluster: Mapping[str, Any]):
+        spec = config.get(user, where, dict)
+        self.version = config.get(spec, f"{where}.apiVersion", str)
+        if self.version not in (f"client.authentication.k8s.io/{v}" for v in ("v1", "v1beta1")):
+            config.wrong(f"{where}.apiVersion", f"{self.version} is neither v1 nor v1beta1")
+        if config.get(spec, f"{where}.interactiveMode", str, "IfAvailable") == "Always":
+            config.wrong(f"{where}.interactiveMode", "nobody is here to answer")
+        command = config.get(spec, f"{where}.command", str)
+        self.path = str(config.path.parent / command) if "/" in command else command
+        self.argv = [self.path, *map(str, config.get(spec, f"{where}.args", list, []))]
+        self.hint = config.get(spec, f"{where}.installHint", str, "")
+        self.where = f"kubeconfig {config.path}: {where}"
+        pairs = config.get(spec, f"{where}.env", list, [])
+        self.env = {
+            config.get(pair, f"{where}.env.name", str): config.get(pair, f"{where}.env.value", str)
+            for pair in pairs
+        }
+        self.info = self._info(cluster if spec.get("provideClusterInfo") else None)
+        self._lock = threading.Lock()
+        self._kept: tuple[float, Credential] | None = None
+
+    def _info(self, cluster: Mapping[str, Any] | None) -> str:
+        spec: dict[str, Any] = {"interactive": False}
+        if cluster is not None:
+            renamed = {"certificate-authority-data", "server", "tls-server-name", "proxy-url"}
+            spec["cluster"] = {key: cluster[key] for key in sorted(renamed & set(cluster))}
+        return json.dumps({"apiVersion": self.version, "kind": "ExecCredential", "spec": spec})
+
+    def __call__(self, refused: bool) -> Credential:
+        """The credential, from the command when the kept one is out of date or was refused."""
+        with self._lock:
+            if refused or self._kept is None or self._kept[0] <= time.time():
+                self._kept = self._parse(self._run())
+            return self._kept[1]
+
+    def _run(self) -> str:
+        env = {**os.environ, **self.env, "KUBERNETES_EXEC_INFO": self.info}
+        try:
+            done = subprocess.run(
+                self.argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                timeout=60, check=True,
+            )
+            return done.stdout
+        except subprocess.CalledProcessError as error:
+            last = redact((error.stderr or "").strip().rpartition("\n")[2][:300])
+            problem = f"exit status {error.returncode}: {last}"
+        except subprocess.TimeoutExpired:
+            problem = "no answer in 60 s"
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "its output is not text"
+            problem = f"{reason}. {self.hint}".rstrip(". ")
+        raise SetupError(f"{self.where}: running {self.path}: {problem}")
+
+    def _parse(self, output: str) -> tuple[float, Credential]:
+        try:
+            body = json.loads(output)
+            status = body["status"]
+            credential = Credential(
+                status.get("token") or "",
+                status.get("clientCertificateData") or "",
+                status.get("clientKeyData") or "",
+            )
+            if body["apiVersion"] != self.version or credential == Credential():
+                raise ValueError
+            expiry = status.get("expirationTimestamp")
+            return (parse_time(expiry) if expiry else float("inf")), credential
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise SetupError(
+                f"{self.where}: {self.path} printed no ExecCredential of {self.version} "
+                "with a token or a certificate"
+            ) from None
+
+
+def tls_context(access: Access, credential: Credential) -> ssl.SSLContext:
+    """TLS as `access` asks for it.
+
+    Not ssl.create_default_context: from Python 3.13 on it refuses CAs without a key identifier, as
+    many clusters have them.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if access.insecure:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    elif access.ca:
+        context.load_verify_locations(cadata=access.ca)
+    else:
+        context.load_default_certs()
+    if credential.certificate:
+        load_client_certificate(context, credential, access.origin)
+    return context
+
+
+def load_client_certificate(context: ssl.SSLContext, credential: Credential, origin: str) -> None:
+    """Give the context a certificate that is not in a file: the ssl module reads only files."""
+    if hasattr(os, "memfd_create"):  # memory that has a path: the key never comes near a disk
+        descriptor = os.memfd_create("client-certificate")
+        path = f"/proc/self/fd/{descriptor}"
+    else:
+        descriptor, path = tempfile.mkstemp()
+    try:
+        with open(descriptor, "w") as file:
+            file.write(f"{credential.certificate}\n{credential.key}\n")
+            file.flush()
+            context.load_cert_chain(path, password="")
+    except (ssl.SSLError, OSError):
+        raise SetupError(f"{origin}: the client certificate and key are no usable pair") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def proxy_for(server: str, environ: Mapping[str, str]) -> str:
+    """The proxy that the environment names for a server, "" for none.
+
+    As curl and kubectl do it: HTTPS_PROXY and NO_PROXY in either case; names, domains, addresses
+    and CIDR blocks in NO_PROXY; never for the loopback.
+    """
+    url = urllib.parse.urlsplit(server)
+    variable = f"{url.scheme}_proxy"
+    proxy = environ.get(variable) or environ.get(variable.upper()) or ""
+    host = url.hostname or ""
+    skip = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        blocks = [part.strip() for part in skip.split(",")]
+        if address.is_loopback or any(_in_block(address, block) for block in blocks):
+            return ""
+    bypass = urllib.request.proxy_bypass_environment(host, {"no": skip})  # type: ignore[attr-defined]
+    return "" if host == "localhost" or bypass else proxy
+
+
+def _in_block(address: Any, block: str) -> bool:
+    try:
+        return address in ipaddress.ip_network(block, strict=False)
+    except ValueError:
+        return False
+
+
+class Cluster:
+    """A thin client of the Kubernetes API: what it sends is JSON, what it returns is JSON.
+
+    It keeps the cluster's clock: every answer has a Date, and `now` counts on from the last one, so
+    that our own clock may be wrong, or be set, without a token being born expired.
+    """
+
+    def __init__(self, access: Access, calls: Calls, sleep: Callable[[float], Any] = time.sleep):
+        self.access, self._calls, self._sleep = access, calls, sleep
+        url = urllib.parse.urlsplit(access.server)
+        self._base = access.server.rstrip("/")
+        self._where = f"{url.hostname}:{url.port or 443}"
+        self._lock = threading.Lock()
+        self._pool: tuple[Credential, Any] | None = None
+        self._clock: float | None = None  # cluster time minus time.monotonic()
+
+    def now(self) -> float:
+        """Seconds since the epoch by the cluster's clock; by ours before its first answer."""
+        return time.time() if self._clock is None else self._clock + time.monotonic()
+
+    def skew(self) -> float:
+        """Seconds by which our clock is ahead of the cluster's."""
+        return time.time() - self.now()
+
+    def request(
+        self, method: str, path: str, body: Any = None, *, limit: int = OBJECT_LIMIT,
+        attempts: int = ATTEMPTS, hide: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """The JSON object that a request returns.
+
+        `path` carries the query; `hide` are secrets in the body that no message may repeat.  Raises
+        CallFailed with the status for any answer that is not 2xx or not JSON, SetupError for 401.
+        """
+        what = f"{method} {path.partition('?')[0]} at {self._where}"
+        content = None if body is None else json.dumps(body).encode()
+
+        def once() -> dict[str, Any]:
+            reply, bearer = self._send(what, method, path, content, limit)
+            return checked(what, reply, self.access.origin, [*hide, bearer])
+
+        result: dict[str, Any] = retrying(once, self._sleep, attempts)
+        return result
+
+    def _send(
+        self, what: str, method: str, path: str, content: bytes | None, limit: int,
+        refused: bool = False,
+    ) -> tuple[Reply, str]:
+        """The answer and the bearer token; a plugin whose token is refused is asked for another."""
+        credential = self.access.credential(refused)
+        headers = {"Accept": "application/json", "User-Agent": f"keto-tokens/{__version__}"}
+        if content is not None:
+            headers["Content-Type"] = "application/json"
+        if credential.token:
+            headers["Authorization"] = f"Bearer {credential.token}"
+        pool = self._pool_for(replace(credential, token=""))
+        self._calls.add("kubernetes", method)
+        reply = send(
+            pool, what, method, self._base + path, headers=headers, body=content,
+            timeouts=TIMEOUTS, limit=limit,
+        )
+        self._set_clock(reply.headers.get("Date"))
+        if reply.status == 401 and isinstance(self.access.credential, ExecPlugin) and not refused:
+            return self._send(what, method, path, content, limit, refused=True)
+        return reply, credential.token
+
+    def _set_clock(self, date: str | None) -> None:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            moment = email.utils.parsedate_to_datetime(date or "").timestamp()
+            self._clock = moment - time.monotonic()
+
+    def _pool_for(self, certificate: Credential) -> Any:
+        """The connections for a client certificate; new ones when it has changed."""
+        with self._lock:
+            if self._pool is None or self._pool[0] != certificate:
+                self._pool = certificate, self._new_pool(certificate)
+            return self._pool[1]
+
+    def _new_pool(self, certificate: Credential) -> Any:
+        import urllib3
+
+        access = self.access
+        if access.insecure:
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+        options: dict[str, Any] = {"maxsize": WORKERS}
+        if access.server.startswith("https:"):
+            options["ssl_context"] = tls_context(access, certificate)
+        if access.server_name and not access.insecure:
+            options |= {"server_hostname": access.server_name}
+        proxy = access.proxy or proxy_for(access.server, os.environ)
+        try:
+            return urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+        except (urllib3.exceptions.HTTPError, ValueError):
+            raise SetupError(f"{access.origin}: {proxy!r} is no proxy of type http or https") from None
+
+    def list(self, path: str, query: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        """Every object of a collection, page by page."""
+        more = ""
+        while True:
+            token = {"continue": more} if more else {}
+            text = urllib.parse.urlencode({**query, "limit": str(PAGE), **token})
+            page = self.request("GET", f"{path}?{text}", limit=LIST_LIMIT)
+            items, metadata = page.get("items"), page.get("metadata")
+            if not isinstance(items, list) or not isinstance(metadata, dict):
+                raise CallFailed(f"GET {path} at {self._where}: the answer is no list")
+            yield from items
+            more = metadata.get("continue") or ""
+            if not more:
+                return
+
+
+def checked(what: str, reply: Reply, origin: str, hide: Sequence[str]) -> dict[str, Any]:
+    """The JSON object in an answer of the API server, or the error that it stands for."""
+    try:
+        body = json.loads(reply.body)
+    except (ValueError, RecursionError):
+        body = None
+    if isinstance(body, dict) and 200 <= reply.status < 300:
+        return body
+    if 200 <= reply.status < 300:
+        raise CallFailed(f"{what}: the answer ({len(reply.body)} bytes) is not JSON", again=True)
+    kind = str(reply.headers.get("Content-Type", "no type")).partition(";")[0]
+    text = body.get("message") if isinstance(body, dict) else None
+    message = redact(str(text or f"{len(reply.body)} bytes of {kind}"), *hide)[:500]
+    if reply.status == 401:
+        raise Refused(f"{what}: 401: the cluster does not know the credential of {origin}")
+    if reply.status == 403:
+        message += " (the rules that are needed are in README, under RBAC)"
+    if reply.status == 409:
+        raise Superseded(f"{what}: 409: {message}", status=409)
+    again = reply.status == 429 or reply.status >= 500
+    after = parse_retry_after(reply.headers.get("Retry-After"))
+    raise CallFailed(
+        f"{what}: {reply.status}: {message}", status=reply.status, again=again, after=after
+    )
+
+
+def parse_retry_after(text: str | None) -> float:
+    """Seconds of a Retry-After header; 0 for none, or for one that is a date."""
+    return float(text) if text and text.isascii() and text.isdigit() else 0.0
+
+
+class TokenStore:
+    """The bootstrap tokens of one owner: Secrets in a namespace of the cluster.
+
+    Every write is safe to lose and to repeat.  A create that finds the name taken looks whose it
+    is; an update carries the resourceVersion that was read, a delete that and the uid.
+    """
+
+    def __init__(self, cluster: Cluster, owner: str, *, namespace: str, groups: str, ttl: float):
+        self.cluster, self.owner, self.groups, self.ttl = cluster, owner, groups, ttl
+        self._path = f"/api/v1/namespaces/{namespace}/secrets"
+
+    def list(self) -> tuple[TokenSecret, ...]:
+        """Our Secrets, in a page or more."""
+        labels = f"{LABEL_MANAGED}=keto-tokens,{LABEL_OWNER}={self.owner}"
+        query = {"labelSelector": labels, "fieldSelector": f"type={SECRET_TYPE}"}
+        bodies = self.cluster.list(self._path, query)
+        records = (parse_secret({"type": SECRET_TYPE, **body}, self.owner) for body in bodies)
+        return tuple(record for record in records if record)
+
+    def issue(self, node: Node) -> TokenSecret:
+        """The live Secret of a node, made now unless another server has just made it."""
+        for token_id in token_ids(self.owner, node.id):
+            secret = self._create(Token(token_id, new_secret()), node) or self._get(token_id)
+            if secret and secret.node_id == node.id:
+                live = secret.live(self.cluster.now())
+                return secret if live else self.renew(secret, node)
+        raise CallFailed(f"all {TOKEN_NAMES} names for the token of {node.id} belong to others")
+
+    def renew(self, secret: TokenSecret, node: Node) -> TokenSecret:
+        """The Secret with a new half and a full TTL.
+
+        A node that has consumed the old half keeps its first-issued time, by which we give up some
+        day.  Its tag says `Success` whether or not it was overwritten since, so the Secret says that
+        the new half is not published yet.
+        """
+        token, now = Token(secret.token.id, new_secret()), self.cluster.now()
+        notes = {NOTE_ISSUED: format_time(now)}
+        if node.consumed:
+            notes[NOTE_UNPUBLISHED] = "true"
+        else:
+            notes[NOTE_FIRST] = format_time(now)
+        data = {"token-secret": token.secret, "expiration": format_time(now + self.ttl)}
+        return self._put(secret, data, notes)
+
+    def extend(self, secret: TokenSecret) -> TokenSecret:
+        """The Secret with a full TTL from now."""
+        return self._put(secret, {"expiration": format_time(self.cluster.now() + self.ttl)}, {})
+
+    def published(self, secret: TokenSecret) -> None:
+        """Note that the tag shows this half of the token."""
+        if secret.unpublished:
+            self._put(secret, {}, {NOTE_UNPUBLISHED: None})
+
+    def revoke(self, secret: TokenSecret) -> None:
+        """Delete the Secret as it was read; its being gone already is as good."""
+        conditions = {"uid": secret.uid, "resourceVersion": secret.version}
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": conditions}
+        with contextlib.suppress(_Missing):
+            self._call("DELETE", f"{self._path}/{secret.name}", body)
+
+    def _create(self, token: Token, node: Node) -> TokenSecret | None:
+        now = self.cluster.now()
+        body = secret_body(token, node, self.owner, self.groups, now, self.ttl)
+        with contextlib.suppress(Superseded):
+            return self._record(self._call("POST", self._path, body))
+        return None
+
+    def _get(self, token_id: str) -> TokenSecret | None:
+        try:
+            body = self._call("GET", f"{self._path}/{SECRET_PREFIX}{token_id}")
+        except _Missing:
+            raise Superseded(f"the Secret of token id {token_id} was deleted meanwhile") from None
+        return parse_secret(body, self.owner)
+
+    def _put(
+        self, secret: TokenSecret, data: Mapping[str, str], notes: Mapping[str, str | None]
+    ) -> TokenSecret:
+        body = changed_body(secret, data, notes)
+        try:
+            return self._record(self._call("PUT", f"{self._path}/{secret.name}", body))
+        except _Missing:
+            raise Superseded(f"the Secret {secret.name} was deleted meanwhile") from None
+
+    def _record(self, body: Mapping[str, Any]) -> TokenSecret:
+        record = parse_secret(body, self.owner)
+        if record is None:
+            raise CallFailed("the cluster did not store a Secret as it was sent; see admission")
+        return record
+
+    def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """A request in which no message repeats the token's secret half, encoded or not."""
+        encoded = body.get("data", {}).get("token-secret", "") if body else ""
+        try:
+            hide = (encoded, _decode(encoded))
+            return self.cluster.request(method, path, body, hide=hide)
+        except CallFailed as error:
+            if error.status == 404 and method != "POST":
+                raise _Missing(str(error), status=404) from None
+            raise
+
+
+class _Missing(CallFailed):
+    """The object that was asked for is not there."""
+
+
+def new_secret() -> str:
+    """A secret half: 16 characters, uniform over [a-z0-9], from the system's generator."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(16))
+
+
+class Joins:
+    """How far nodes have come, by the CSRs that their tokens made and the Nodes these name."""
+
+    def __init__(self, cluster: Cluster):
+        self._cluster, self._told = cluster, False
+
+    def observe(
+        self, secrets: Iterable[TokenSecret], now: float
+    ) -> tuple[dict[str, Join], frozenset[str]]:
+        """By Secret name how far its node is, and the token ids that were used to join lately.
+
+        Without the right to look, every Secret's join is UNKNOWN; that is said once.
+        """
+        try:
+            csrs = self._csrs()
+            joins = {secret.name: self._join(latest_csr(secret, csrs)) for secret in secrets}
+        except CallFailed as error:
+            if error.status != 403:
+                raise
+            self._tell(error)
+            return {secret.name: Join.UNKNOWN for secret in secrets}, frozenset()
+        issued = (csr for csr in csrs if csr.state is Join.ISSUED)
+        return joins, frozenset(c.token_id for c in issued if now - c.decided < JUST_JOINED)
+
+    def _csrs(self) -> list[Csr]:
+        path = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
+        bodies = self._cluster.list(path, {"fieldSelector": f"spec.signerName={SIGNER}"})
+        return [csr for csr in map(parse_csr, bodies) if csr]
+
+    def _join(self, csr: Csr | None) -> Join:
+        if csr is None or csr.state is not Join.ISSUED:
+            return csr.state if csr else Join.NO_CSR
+        try:
+            self._cluster.request("GET", f"/api/v1/nodes/{urllib.parse.quote(csr.node_name)}")
+            return Join.JOINED
+        except CallFailed as error:
+            if error.status != 404:
+                raise
+            return Join.ISSUED
+
+    def _tell(self, error: CallFailed) -> None:
+        if not self._told:
+            log.warning("joins cannot be seen, so tokens are left to expire: %s", error)
+        self._told = True
+
+
+# ---------------------------------------------------------------------------------------------
+# Clouds: a class for each, an entry in CLOUDS.  `Pools` is what the server needs of one, `Instance`
+# what the client needs.
+# ---------------------------------------------------------------------------------------------
+
+
+class Pools(Protocol):
+    """The server's side of a cloud."""
+
+    scope: str  # the region or project, a part of the owner
+
+    def list_nodes(self, filters: Mapping[str, str]) -> Listing:
+        """The members of all groups that match every filter, with the value of our tag."""
+
+    def write_tag(self, node_id: str, value: str) -> None:
+        """Set our tag of one instance."""
+
+
+class Instance(Protocol):
+    """The client's side of a cloud: the instance that it runs on."""
+
+    def identify(self) -> str:
+        """The instance's id."""
+
+    def read_tag(self) -> str | None:
+        """The value of our tag, None when it is absent."""
+
+    def mark_consumed(self) -> None:
+        """Set our tag to CONSUMED."""
+
+
+class RateLimit:
+    """A token bucket: `burst` at once, `rate` a second from then on.
+
+    `wait` sleeps by the function it was given, so that a server that is told to stop can cut the
+    waiting short.
+    """
+
+    def __init__(
+        self, rate: float, burst: float, sleep: Callable[[float], Any],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._rate, self._burst, self._sleep, self._clock = rate, burst, sleep, clock
+        self._lock = threading.Lock()
+        self._level, self._since = burst, clock()
+
+    def wait(self) -> None:
+        """Take one, once there is one; those who wait are served in turn."""
+        with self._lock:
+            now = self._clock()
+            self._level = min(self._burst, self._level + (now - self._since) * self._rate) - 1
+            self._since, short = now, -self._level
+        if short > 0:
+            self._sleep(short / self._rate)
+
+
+_AWS_NO_ACCESS = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException"}
+_AWS_NO_CREDENTIAL = {
+    "AuthFailure", "InvalidClientTokenId", "UnrecognizedClientException", "SignatureDoesNotMatch",
+    "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "OptInRequired",
+    "MissingAuthenticationToken", "IncompleteSignature", "InvalidToken",
+}
+
+
+@contextlib.contextmanager
+def aws_errors(action: str, target: str = "") -> Iterator[None]:
+    """Turn what botocore raises into our errors.  `action` is the IAM action, as in a policy."""
+    import botocore.exceptions as failures
+    import botocore.parsers
+
+    what = f"{action} {target}".rstrip()
+    try:
+        yield
+    except failures.ClientError as error:
+        raise aws_refusal(action, what, error.response) from None
+    except (failures.NoCredentialsError, failures.CredentialRetrievalError) as error:
+        raise NoCredentials(
+            f"{what}: no AWS credentials: {error}; give the instance a role, or set AWS_PROFILE"
+        ) from None
+    except failures.BotoCoreError as error:
+        raise CallFailed(f"{what}: {redact(str(error))}", again=True) from None
+    except (botocore.parsers.ResponseParserError, KeyError) as error:
+        text = redact(str(error).partition("invalid XML")[0][:200])
+        raise CallFailed(f"{what}: the answer makes no sense: {text}", again=True) from None
+
+
+def aws_refusal(action: str, what: str, response: Mapping[str, Any]) -> KetoError:
+    """The sentence for an answer that is an error."""
+    error = response.get("Error", {})
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code, message = error.get("Code", "no code"), redact(error.get("Message", "no message"))[:400]
+    if code in _AWS_NO_ACCESS:
+        return CallFailed(f"{what}: not allowed: the IAM policy must allow {action}: {message}")
+    if code in _AWS_NO_CREDENTIAL:
+        return SetupError(f"{what}: AWS refused the credentials: {code}: {message}")
+    again = status >= 500 or status == 429 or "Throttl" in code or code == "RequestLimitExceeded"
+    return CallFailed(f"{what}: {code}: {message}", status=status, again=again)
+
+
+def aws_client(session: Any, service: str, region: str, calls: Calls) -> Any:
+    """A client of a boto3 session that retries throttling in botocore's standard mode and counts its calls."""
+    import botocore.config
+    import botocore.exceptions
+
+    config = botocore.config.Config(
+        retries={"mode": "standard", "total_max_attempts": 5},
+        connect_timeout=TIMEOUTS[0],
+        read_timeout=TIMEOUTS[1],
+        max_pool_connections=WORKERS,
+        user_agent_extra=f"keto-tokens/{__version__}",
+    )
+    try:
+        client = session.client(service, region_name=region, config=config)
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        raise SetupError(f"AWS {service} in region {region}: {error}") from None
+
+    def count(operation_name: str, **_: Any) -> None:
+        calls.add("aws", operation_name)
+
+    client.meta.events.register("request-created", count)  # once for each attempt
+    return client
+
+
+class AwsPools:
+    """Auto-scaling groups of a region, and the tags of their instances."""
+
+    def __init__(self, region: str, tag_name: str, calls: Calls, sleep: Callable[[float], Any]):
+        import boto3.session
+
+        self.scope, self._tag_name = region, tag_name
+        session = boto3.session.Session()
+        self._groups = aws_client(session, "autoscaling", region, calls)
+        self._ec2 = aws_client(session, "ec2", region, calls)
+        self._limit = RateLimit(TAGS_PER_SECOND, TAGS_BURST, sleep)
+
+    def list_nodes(self, filters: Mapping[str, str]) -> Listing:
+        """The instances of all matching groups: a call for 100 groups, one for 1,000 tags."""
+        members = list(self._members(filters))
+        tags = self._tags() if members else {}
+        return Listing(tuple(replace(node, tag=tags.get(node.id)) for node in members))
+
+    def _members(self, filters: Mapping[str, str]) -> Iterator[Node]:
+        wanted = [{"Name": f"tag:{key}", "Values": [value]} for key, value in filters.items()]
+        pages = self._groups.get_paginator("describe_auto_scaling_groups")
+        with aws_errors("autoscaling:DescribeAutoScalingGroups"):
+            for page in pages.paginate(Filters=wanted, PaginationConfig={"PageSize": 100}):
+                for group in page["AutoScalingGroups"]:
+                    for member in group["Instances"]:
+                        yield aws_node(member, group["AutoScalingGroupName"])
+
+    def _tags(self) -> dict[str, str]:
+        """Our tag's value by instance id, for all instances of the region that have it."""
+        wanted = [
+            {"Name": "resource-type", "Values": ["instance"]},
+            {"Name": "key", "Values": [self._tag_name]},
+        ]
+        pages = self._ec2.get_paginator("describe_tags")
+        with aws_errors("ec2:DescribeTags"):
+            answers = pages.paginate(Filters=wanted, PaginationConfig={"PageSize": 1000})
+            return {tag["ResourceId"]: tag["Value"] for page in answers for tag in page["Tags"]}
+
+    def write_tag(self, node_id: str, value: str) -> None:
+        """One CreateTags call, at the pace that AWS allows."""
+        self._limit.wait()
+        aws_write_tag(self._ec2, node_id, self._tag_name, value)
+
+
+def aws_write_tag(ec2: Any, node_id: str, tag_name: str, value: str) -> None:
+    """Set one tag of one instance."""
+    with aws_errors("ec2:CreateTags", node_id):
+        ec2.create_tags(Resources=[node_id], Tags=[{"Key": tag_name, "Value": value}])
+
+
+def aws_node(member: Mapping[str, Any], pool: str) -> Node:
+    """A member of a group, with its state as the auto-scaling user guide lists them ("lifecycle").
+
+    A token for an instance of a warm pool would expire while it sleeps; one in Standby or being
+    detached has joined long ago or is not ours to join.
+    """
+    state = member["LifecycleState"]
+    new_disk = state.startswith(("ReplacingRootVolume", "RootVolumeReplaced"))
+    return Node(
+        id=member["InstanceId"],
+        pool=pool,
+        state=state,
+        wanted=new_disk or state in ("Pending", "Pending:Wait", "Pending:Proceed", "InService"),
+        gone=state.startswith("Terminat"),
+        new_disk=new_disk,
+    )
+
+
+class Imds:
+    """The EC2 instance metadata service, version 2 only, never through a proxy.
+
+    Honours the environment variables that botocore honours for it.
+    """
+
+    def __init__(self, environ: Mapping[str, str], sleep: Callable[[float], Any] = time.sleep):
+        import urllib3
+
+        ipv6 = environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "").lower() == "ipv6"
+        default = "http://[fd00:ec2::254]" if ipv6 else "http://169.254.169.254"
+        endpoint = environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or default
+        self._base, self._sleep = endpoint.rstrip("/"), sleep
+        self._disabled = environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
+        seconds = _number(environ, "AWS_METADATA_SERVICE_TIMEOUT", 1.0)
+        self._timeouts = seconds, seconds
+        self._attempts = int(_number(environ, "AWS_METADATA_SERVICE_NUM_ATTEMPTS", 4))
+        self._pool, self._session = urllib3.PoolManager(), ""
+
+    def get(self, path: str) -> str | None:
+        """The text at a path below /latest/, None when there is none (404)."""
+        if self._disabled:
+            raise SetupError("AWS_EC2_METADATA_DISABLED is set, so the instance's id is unknown")
+        result: str | None = retrying(lambda: self._get(path), self._sleep, self._attempts)
+        return result
+
+    def _get(self, path: str) -> str | None:
+        self._session = self._session or self._new_session()
+        reply = self._send("GET", path, {"X-aws-ec2-metadata-token": self._session})
+        if reply.status == 401:
+            self._session = ""
+        return self._text("GET", path, reply)
+
+    def _new_session(self) -> str:
+        reply = self._send("PUT", "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "300"})
+        return self._text("PUT", "api/token", reply) or ""
+
+    def _send(self, method: str, path: str, headers: Mapping[str, str]) -> Reply:
+        what = f"instance metadata: {method} {self._base}/latest/{path}"
+        url = f"{self._base}/latest/{path}"
+        try:
+            return send(self._pool, what, method, url, headers=headers, timeouts=self._timeouts)
+        except KetoError as error:
+            hint = "is this an EC2 instance? In a container, its hop limit must be 2"
+            raise Unreachable(f"{error} ({hint})") from None
+
+    def _text(self, method: str, path: str, reply: Reply) -> str | None:
+        if reply.status == 404 and method == "GET":
+            return None
+        if reply.status != 200:
+            again = reply.status == 401 or reply.status == 429 or reply.status >= 500
+            what = f"instance metadata: {method} {self._base}/latest/{path}"
+            raise CallFailed(f"{what}: status {reply.status}", status=reply.status, again=again)
+        return reply.body.decode("utf-8", "replace").strip()
+
+
+def _number(environ: Mapping[str, str], name: str, default: float) -> float:
+    text = environ.get(name) or str(default)
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or float(text) <= 0:
+        raise UsageError(f"environment variable {name}: {text!r} is not a number above 0")
+    return float(text)
+
+
+class AwsInstance:
+    """This EC2 instance: who it is by its metadata service, its tag by the EC2 API."""
+
+    def __init__(self, tag_name: str, imds: Imds, calls: Calls):
+        self._tag_name, self._imds, self._calls = tag_name, imds, calls
+        self._id = ""
+        self._ec2: Any = None
+
+    def identify(self) -> str:
+        """The instance id; raises SetupError when the metadata service gives none."""
+        if not self._id:
+            node_id = self._imds.get("meta-data/instance-id") or ""
+            if not re.fullmatch(r"i-[0-9a-f]{8,32}", node_id):
+                raise CallFailed("instance metadata: no instance id", again=True)
+            import boto3.session
+
+            region = aws_region_of(self._imds)
+            self._ec2 = aws_client(boto3.session.Session(), "ec2", region, self._calls)
+            self._id = node_id
+        return self._id
+
+    def read_tag(self) -> str | None:
+        """The tag's value; asks for this instance's alone."""
+        wanted = {"resource-id": self.identify(), "key": self._tag_name}
+        filters = [{"Name": name, "Values": [value]} for name, value in wanted.items()]
+        with aws_errors("ec2:DescribeTags", self._id):
+            for tag in self._ec2.describe_tags(Filters=filters)["Tags"]:
+                if (tag["ResourceId"], tag["Key"]) == (self._id, self._tag_name):
+                    return str(tag["Value"])
+        return None
+
+    def mark_consumed(self) -> None:
+        """Overwrite the tag: that right, unlike deleting it, can be limited to the instance itself."""
+        aws_write_tag(self._ec2, self.identify(), self._tag_name, CONSUMED)
+
+
+def aws_region_of(imds: Imds) -> str:
+    """The region that the metadata service names."""
+    region = imds.get("meta-data/placement/region") or ""
+    if not re.fullmatch(r"[a-z]{2}(-[a-z]+)+-[0-9]+", region):
+        raise CallFailed("instance metadata: no region", again=True)
+    return region
+
+
+def aws_pools(options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]) -> Pools:
+    """The server's side of AWS; the region by flag, environment, profile or metadata service."""
+    import botocore.session
+
+    region = options.region or botocore.session.get_session().get_config_variable("region")
+    if not region:
+        try:
+            region = aws_region_of(Imds(os.environ, sleep))
+        except KetoError as error:
+            raise SetupError(f"no AWS region: pass --region or set AWS_REGION; {error}") from None
+    return AwsPools(region, options.tag_name, calls, sleep)
+
+
+def aws_instance(options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]) -> Instance:
+    """The client's side of AWS."""
+    return AwsInstance(options.tag_name, Imds(os.environ, sleep), calls)
+
+
+def aws_tag_name(text: str) -> str:
+    """A tag name that EC2 takes, else ValueError.
+
+    https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/Using_Tags.html#tag-restrictions
+    """
+    if not 1 <= len(text) <= 128 or text.lower().startswith("aws:") or not text.isprintable():
+        raise ValueError(
+            f"{text!r} is no tag name for EC2: 1 to 128 printable characters, not beginning with aws:"
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """What the program needs to know of a cloud."""
+
+    pools: Callable[[argparse.Namespace, Calls, Callable[[float], Any]], Pools]
+    instance: Callable[[argparse.Namespace, Calls, Callable[[float], Any]], Instance]
+    tag_name: Callable[[str], str]  # checks a tag name; raises ValueError
+
+
+CLOUDS = {"aws": Cloud(aws_pools, aws_instance, aws_tag_name)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Server: observe, plan, apply, report.  A pass knows nothing of the one before it.
+# ---------------------------------------------------------------------------------------------
+
+
+class Server:
+    """Passes over the groups that match `filters`, until `stop` is set."""
+
+    def __init__(
+        self, pools: Pools, store: TokenStore, filters: Mapping[str, str], policy: Policy,
+        calls: Calls, stop: threading.Event,
+    ):
+        self._pools, self._store, self._filters, self._policy = pools, store, filters, policy
+        self._calls, self._stop = calls, stop
+        self._joins = Joins(store.cluster)
+        self._warned: set[str] = set()
+
+    def run(self, interval: float) -> None:
+        """A pass every `interval` seconds, from start to start.
+
+        A pass that fails is logged and the next one comes; only a first one that cannot work as
+        things are set up raises its SetupError.
+        """
+        first = True
+        while not self._stop.is_set():
+            started = time.monotonic()
+            try:
+                self.run_pass()
+            except KetoError as error:
+                if first and isinstance(error, SetupError):
+                    raise
+                log.error("pass failed: %s", error)
+            first = False
+            self._stop.wait(max(0.0, started + interval - time.monotonic()))
+
+    def run_pass(self) -> None:
+        """One pass; PassFailed when an action failed, what `observe` raises when it could not see."""
+        started = time.monotonic()
+        self._calls.take()
+        actions = plan(self.observe(), self._policy)
+        counts = self.apply(actions)
+        log.info("%s", pass_line(actions, counts, self._calls.take(), time.monotonic() - started))
+        if counts["failed"]:
+            raise PassFailed(f"{counts['failed']} of {sum(counts.values())} actions failed, see above")
+
+    def observe(self) -> World:
+        """All there is to know, in a handful of batched calls.
+
+        Secrets are read before nodes: one that another server makes while we look is not seen, and
+        so is not taken for one whose node is gone.
+        """
+        found = self._store.list()
+        self._check_clock()
+        listing = self._pools.list_nodes(self._filters)
+        now = self._store.cluster.now()
+        if not listing.nodes:
+            self._warn_once("no instance is in any group that matches the filters")
+        live = [secret for secret in found if secret.live(now)]
+        joins: dict[str, Join] = {}
+        lately: frozenset[str] = frozenset()
+        if live or any(node.token for node in listing.nodes):
+            joins, lately = self._joins.observe(live, now)
+        return World(listing, found, joins, lately, now)
+
+    def _check_clock(self) -> None:
+        skew = self._store.cluster.skew()
+        if abs(skew) > SKEW:
+            side = "ahead of" if skew > 0 else "behind"
+            self._warn_once(
+                f"this machine's clock is {format_duration(abs(skew))} {side} the cluster's, "
+                "which decides expirations; is NTP running?"
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            log.warning("%s", message)
+        self._warned.add(message)
+
+    def apply(self, actions: Iterable[Action]) -> collections.Counter[str]:
+        """Carry out what is to be written, several at a time; counts by kind, and the failed ones.
+
+        When the server is told to stop, what is under way is finished and the rest is left.
+        """
+        todo = [action for action in actions if action.kind in WRITES]
+        for action in actions:
+            if action.kind not in WRITES:
+                log.debug("%s", action_line(action))
+        with ThreadPoolExecutor(WORKERS) as workers:
+            return collections.Counter(workers.map(self._guarded, todo))
+
+    def _guarded(self, action: Action) -> str:
+        """Carry out one action; whatever happens to it, the others go on."""
+        if self._stop.is_set():
+            return "left"
+        try:
+            self._carry_out(action)
+        except Superseded as error:
+            log.debug("%s superseded: %s", action_line(action), error)
+            return "superseded"
+        except KetoError as error:
+            log.error("%s failed: %s", action_line(action), error)
+            return "failed"
+        except Exception:
+            log.exception("%s failed by a bug in keto-tokens", action_line(action))
+            return "failed"
+        log.info("%s", action_line(action))
+        return action.kind.value
+
+    def _carry_out(self, action: Action) -> None:
+        node, secret = action.node, action.secret
+        if action.kind is Kind.ISSUE:
+            self._publish(node, self._store.issue(node))
+        elif secret is None:
+            raise AssertionError(f"{action.kind} without a Secret")
+        elif action.kind is Kind.RENEW:
+            self._publish(node, self._store.renew(secret, node))
+        elif action.kind is Kind.PUBLISH:
+            self._publish(node, secret)
+        elif action.kind is Kind.EXTEND:
+            self._store.extend(secret)
+        else:
+            if action.kind is Kind.FINISH:
+                self._pools.write_tag(node.id, CONSUMED)
+            if self._policy.revoke:
+                self._store.revoke(secret)
+
+    def _publish(self, node: Node, secret: TokenSecret) -> None:
+        """The Secret is there first, so that no tag ever holds a token that the cluster lacks."""
+        self._pools.write_tag(node.id, secret.token.value)
+        self._store.published(secret)
+
+
+def action_line(action: Action) -> str:
+    """The action for the log, as key=value."""
+    token_id = action.secret.token.id if action.secret else "-"
+    node = action.node
+    return (
+        f"{action.kind.value} node={node.id} pool={node.pool} token_id={token_id} "
+        f'reason="{action.reason}"'
+    )
+
+
+def pass_line(
+    actions: Sequence[Action], counts: Mapping[str, int],
+    calls: Mapping[tuple[str, str], int], seconds: float,
+) -> str:
+    """The one line at the end of a pass: what was seen, what was done, what it cost."""
+    by_service: collections.Counter[str] = collections.Counter()
+    for (service, _), number in calls.items():
+        by_service[service] += number
+    fields = {
+        "nodes": sum(not action.node.gone for action in actions),
+        "waiting": sum(action.kind is Kind.WAIT for action in actions),
+        "issued": counts.get("issue", 0) + counts.get("renew", 0),
+        "published": counts.get("publish", 0),
+        "extended": counts.get("extend", 0),
+        "revoked": counts.get("finish", 0) + counts.get("revoke", 0),
+        "failed": counts.get("failed", 0),
+        "calls": ",".join(f"{name}:{number}" for name, number in sorted(by_service.items())),
+        "seconds": f"{seconds:.2f}",
+    }
+    return "pass " + " ".join(f"{key}={value}" for key, value in fields.items())
+
+
+def plan_lines(actions: Sequence[Action]) -> Iterator[str]:
+    """The plan for --dry-run: a line for each node, aligned."""
+    rows = [(a.kind.value, a.node.id, a.node.pool, a.reason) for a in actions]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    for *cells, reason in rows:
+        padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths)]
+        yield "  ".join([*padded, reason])
+
+
+def run_server(options: argparse.Namespace, stop: Stop) -> int:
+    """The server command; the exit code."""
+    access = cluster_access(options, os.environ)
+    calls = Calls()
+    pools = CLOUDS[options.cloud].pools(options, calls, stop.wait)
+    store = TokenStore(
+        Cluster(access, calls, stop.wait),
+        owner_hash(options.cloud, pools.scope, options.tag_name, options.filter),
+        namespace=options.token_namespace,
+        groups=options.auth_extra_groups,
+        ttl=options.token_ttl,
+    )
+    server = Server(pools, store, options.filter, Policy(ttl=options.token_ttl), calls, stop.event)
+    if options.dry_run:
+        for line in plan_lines(plan(server.observe(), Policy(ttl=options.token_ttl))):
+            print(line)
+    elif options.once:
+        server.run_pass()
+    else:
+        log.info("started version=%s cluster=%s owner=%s", __version__, access.server, store.owner)
+        server.run(options.interval)
+        log.info("stopped")
+    return 0
+
+
+def cluster_access(options: argparse.Namespace, environ: Mapping[str, str]) -> Access:
+    """Access by --kubeconfig, else --master, else the pod's service account; the flags override."""
+    token = static_token(options.kube_token) if options.kube_token else None
+    if options.kube_token_file:
+        token = token_file(options.kube_token_file)
+    if options.kubeconfig:
+        access = Kubeconfig(options.kubeconfig).access(options.context)
+    elif options.master:
+        access = Access(options.master, "--master and --kube-token")
+        if token is None and options.master.startswith("https:"):
+            raise UsageError("--master needs --kube-token, --kube-token-file or --kubeconfig")
+    elif environ.get("KUBERNETES_SERVICE_HOST"):
+        access = in_cluster(environ, SERVICE_ACCOUNT)
+    else:
+        raise UsageError("no cluster: pass --kubeconfig, or --master with a token, or run in a pod")
+    access = replace(
+        access,
+        server=checked_server(options.master or access.server, access, options),
+        ca=read_ca(options.ca_path) if options.ca_path else access.ca,
+        insecure=access.insecure or options.insecure_skip_tls_verify,
+        credential=token or access.credential,
+    )
+    access.credential(False)  # a file that is missing, a plugin that fails: say so now
+    return warned(access)
+
+
+def checked_server(server: str, access: Access, options: argparse.Namespace) -> str:
+    """The URL, unless it would send secrets in the clear without --insecure-skip-tls-verify."""
+    try:
+        parse_url(server)
+    except ValueError as error:
+        raise SetupError(f"{access.origin}: server: {error}") from None
+    if server.startswith("http:") and not (access.insecure or options.insecure_skip_tls_verify):
+        raise UsageError(f"{server} is not encrypted; --insecure-skip-tls-verify accepts that")
+    return server
+
+
+def warned(access: Access) -> Access:
+    """The same, after a warning where the cluster is not verified."""
+    if access.insecure:
+        log.warning("the certificate of %s is NOT verified, as was asked", access.server)
+    return access
+
+
+# ---------------------------------------------------------------------------------------------
+# Client: identify, wait, verify, write, mark.  Run again at any point it goes on from what it finds.
+# ---------------------------------------------------------------------------------------------
+
+
+class Client:
+    """Waits for this instance's token and turns it into a kubeconfig at `path`."""
+
+    def __init__(
+        self, instance: Instance, access: Access, path: Path, *, tag_name: str, interval: float,
+        timeout: float, stop: Stop,
+    ):
+        self._instance, self._access, self._path, self._stop = instance, access, path, stop
+        self._tag_name, self._interval, self._timeout = tag_name, interval, timeout
+        self._deadline = time.monotonic() + timeout if timeout else float("inf")
+        self._told = ""
+
+    def run(self) -> None:
+        """Return when the token is consumed; TimedOut, Interrupted or NotMarked when it is not."""
+        while why := self._why_not_yet():
+            # What goes on unchanged is worth one line, not one for each look.
+            log.log(logging.DEBUG if why == self._told else logging.INFO, "waiting: %s", why)
+            self._told = why
+            self._pause(why)
+
+    def _why_not_yet(self) -> str:
+        """One look: what we still wait for, "" when all is done."""
+        try:
+            return self._look()
+        except CallFailed as error:
+            return str(error)
+        except SetupError as error:
+            if not error.again:
+                raise
+            return str(error)
+
+    def _look(self) -> str:
+        node_id = self._instance.identify()
+        value = self._instance.read_tag()
+        where = f"tag {self._tag_name} of {node_id}"
+        if value == CONSUMED:
+            self._already(where)
+            return ""
+        token = parse_token(value)
+        if token is None:
+            return f"{where} holds no token" if value else f"{where} is not there yet"
+        refusal = self._refusal(token)
+        if refusal:
+            return f"{where}: {refusal}"
+        self._consume(token, node_id)
+        return ""
+
+    def _already(self, where: str) -> None:
+        log.info("%s says that its token was consumed already: nothing to do", where)
+        if not self._path.exists():
+            log.warning("%s is not there; to get a new token, delete the tag", self._path)
+
+    def _refusal(self, token: Token) -> str:
+        """Why the cluster does not take the token, "" when it does.
+
+        The API server says who it takes us for since 1.28.  An older one answers 404: there, any
+        request tells, as a token that is not live gets 401 before all else.
+        """
+        access = replace(self._access, credential=static_token(token.value))
+        cluster = Cluster(access, Calls(), self._stop.wait)
+        review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
+        path = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
+        try:
+            answer = cluster.request("POST", path, review)
+            user = answer.get("status", {}).get("userInfo", {}).get("username")
+        except Refused:
+            return f"the cluster does not accept token id {token.id}: expired, or not this cluster's"
+        except CallFailed as error:
+            if error.status not in (403, 404):
+                raise
+            return self._refusal_by_version(cluster, token)
+        taken = user == f"system:bootstrap:{token.id}"
+        return "" if taken else f"the cluster takes token id {token.id} for {str(user)[:80]!r}"
+
+    def _refusal_by_version(self, cluster: Cluster, token: Token) -> str:
+        try:
+            cluster.request("GET", "/version")
+        except Refused:
+            return f"the cluster does not accept token id {token.id}"
+        except CallFailed as error:
+            if error.status != 403:
+                raise
+        return ""
+
+    def _consume(self, token: Token, node_id: str) -> None:
+        text = bootstrap_kubeconfig(self._access, token)
+        try:
+            changed = write_whole(self._path, text)
+        except OSError as error:
+            raise SetupError(f"cannot write {self._path}: {error.strerror}; run again") from None
+        log.info(
+            "%s kubeconfig=%s node=%s token_id=%s",
+            "written" if changed else "unchanged", self._path, node_id, token.id,
+        )
+        self._mark(node_id)
+        log.info("consumed node=%s tag=%s token_id=%s", node_id, self._tag_name, token.id)
+
+    def _mark(self, node_id: str) -> None:
+        """Mark the tag, with patience: a new role's rights can take a while to be known."""
+
+        def mark() -> None:
+            try:
+                self._instance.mark_consumed()
+            except KetoError as error:
+                log.warning("the tag is not marked yet: %s", error)
+                raise CallFailed(str(error), again=True) from None
+
+        try:
+            retrying(mark, self._stop.wait, MARK_ATTEMPTS)
+        except CallFailed as error:
+            raise NotMarked(
+                f"{self._path} is written, but tag {self._tag_name} of {node_id} is not marked: "
+                f"{error}; run again to mark it"
+            ) from None
+
+    def _pause(self, why: str) -> None:
+        """Wait about an interval: nodes that booted together should not ask together."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimedOut(f"no token after {format_duration(self._timeout)}: {why}")
+        self._stop.wait(min(left, self._interval * random.uniform(0.75, 1.25)))
+        if self._stop.signum:
+            raise Interrupted(self._stop.signum)
+
+
+def bootstrap_kubeconfig(access: Access, token: Token) -> str:
+    """The kubeconfig for the kubelet's --bootstrap-kubeconfig, with the CA inside.
+
+    The names are those that the Go program of this name gave.
+    """
+    import yaml
+
+    cluster: dict[str, Any] = {"server": access.server}
+    if access.insecure:
+        cluster["insecure-skip-tls-verify"] = True
+    else:
+        ca = access.ca.encode()
+        cluster["certificate-authority-data"] = base64.b64encode(ca).decode()
+    name = "bootstrap-context"
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "cluster", "cluster": cluster}],
+        "users": [{"name": name, "user": {"token": token.value}}],
+        "contexts": [{"name": name, "context": {"cluster": "cluster", "user": name}}],
+        "current-context": name,
+    }
+    text: str = yaml.safe_dump(content, sort_keys=False, width=1 << 20)
+    return text
+
+
+def write_whole(path: Path, text: str) -> bool:
+    """Replace a file in one step, mode 0600; False when it holds just that already.
+
+    Whoever reads it sees the old file or the new one, also after a power cut.  A file that a killed
+    run left behind is cleared: it is nobody's when nobody holds its lock.
+    """
+    make_parents(path)
+    prefix = f".{path.name}.keto-tokens-"
+    for leftover in path.parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), open(leftover) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
+    with contextlib.suppress(OSError, ValueError):
+        if path.read_text() == text and path.stat().st_mode & 0o777 == 0o600:
+            return False
+    descriptor, temporary = tempfile.mkstemp(prefix=prefix, dir=path.parent)  # mode 0600
+    with open(descriptor, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.rename(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    sync_folder(path.parent)
+    return True
+
+
+def make_parents(path: Path) -> None:
+    """Make the folders above `path` that are missing, 0755 whatever the umask."""
+    for folder in reversed(path.parents):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            folder.chmod(0o755)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def run_client(options: argparse.Namespace, stop: Stop) -> int:
+    """The client command; the exit code."""
+    if options.ca_path and options.insecure_skip_tls_verify:
+        raise UsageError("--ca-path and --insecure-skip-tls-verify contradict each other")
+    if not options.ca_path and not options.insecure_skip_tls_verify:
+        raise UsageError(
+            "how is the cluster to be known? Pass --ca-path with its CA certificate "
+            "(or --insecure-skip-tls-verify to trust whoever answers)"
+        )
+    access = Access(options.master, "the tag", insecure=options.insecure_skip_tls_verify)
+    checked_server(options.master, access, options)
+    path = Path(options.kubeconfig).absolute()
+    if path.is_dir():
+        raise UsageError(f"--kubeconfig: {path} is a folder")
+    if options.ca_path:
+        access = replace(access, ca=read_ca(options.ca_path))
+    client = Client(
+        CLOUDS[options.cloud].instance(options, Calls(), stop.wait),
+        warned(access),
+        path,
+        tag_name=options.tag_name,
+        interval=options.interval,
+        timeout=options.timeout,
+        stop=stop,
+    )
+    client.run()
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line: every flag stands once, in FLAGS; a flag beats its variable, that beats the default
+# ---------------------------------------------------------------------------------------------
+
+SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+
+class Stop:
+    """The wish to stop, from a signal; `wait` is a sleep that it cuts short."""
+
+    def __init__(self) -> None:
+        self.event, self.signum = threading.Event(), 0
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for `seconds`; True when told to stop."""
+        return self.event.wait(seconds)
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Listen to SIGTERM and SIGINT (which only the main thread can)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(signum: int, _: Any) -> None:
+            self.signum = signum
+            self.event.set()
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def positive_duration(text: str) -> float:
+    """A duration above zero."""
+    seconds = parse_duration(text)
+    if seconds <= 0:
+        raise ValueError("must be more than 0")
+    return seconds
+
+
+def ttl_duration(text: str) -> float:
+    """A token's lifetime: a node has to boot in it, and the cluster's clock to tick."""
+    seconds = parse_duration(text)
+    if not 60 <= seconds <= 10 * 365 * 86400:
+        raise ValueError("must be a minute at least")
+    return seconds
+
+
+def parse_filter(text: str) -> tuple[str, str]:
+    """`key=value`, neither of them empty."""
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise ValueError(f"{text!r} is not key=value")
+    return key, value
+
+
+def parse_filters(text: str) -> list[tuple[str, str]]:
+    """`key=value,key=value` of NODE_FILTER."""
+    return [parse_filter(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def parse_url(text: str) -> str:
+    """An http or https URL of a server, else ValueError."""
+    parts = urllib.parse.urlsplit(text)
+    valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    if not valid or parts.query or parts.fragment or parts.username is not None or " " in text:
+        raise ValueError(f"{redact(text)!r} is not a URL such as https://api.example.com:6443")
+    return text.rstrip("/")
+
+
+def parse_groups(text: str) -> str:
+    """Groups for the token's user, comma separated, as the API server wants them.
+
+    One that does not match refuses the whole login: kubernetes/kubernetes, bootstrap token util.
+    """
+    for group in text.split(","):
+        if not re.fullmatch(r"system:bootstrappers:[a-z0-9:-]{0,255}[a-z0-9]", group):
+            raise ValueError(f"{group!r} is not of the form system:bootstrappers:NAME")
+    return text
+
+
+def parse_namespace(text: str) -> str:
+    """The name of a namespace (RFC 1123 label)."""
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", text):
+        raise ValueError(f"{text!r} is not the name of a namespace")
+    return text
+
+
+def parse_bool(text: str) -> bool:
+    """A truth value as Go writes it."""
+    if text.lower() in ("1", "t", "true"):
+        return True
+    if text.lower() in ("0", "f", "false"):
+        return False
+    raise ValueError(f"{text!r} is neither true nor false")
+
+
+def parse_cloud(text: str) -> str:
+    """The name of a cloud that there is."""
+    if text not in CLOUDS:
+        raise ValueError(f"{text!r} is not supported; there is {', '.join(CLOUDS)}")
+    return text
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag, its variables and its default, which is parsed as if it had been given."""
+
+    name: str
+    help: str
+    env: tuple[str, ...] = ()
+    parse: Callable[[str], Any] = str
+    default: str = ""
+    metavar: str = ""
+    short: str = ""
+    repeat: bool = False
+
+    @property
+    def dest(self) -> str:
+        """The attribute of the parsed options."""
+        return self.name.replace("-", "_")
+
+    @property
+    def boolean(self) -> bool:
+        """Whether it stands alone."""
+        return self.parse is parse_bool
+
+    def describe(self) -> str:
+        """The help text with the variable and the default."""
+        env = f" [{', '.join(f'${name}' for name in self.env)}]" if self.env else ""
+        default = f" (default: {self.default})" if self.default else ""
+        return f"{self.help}{env}{default}"
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the flag; its value is only there when it was given."""
+        names = [self.short] * bool(self.short) + [f"--{self.name}"]
+        options: dict[str, Any] = {"dest": self.dest, "default": argparse.SUPPRESS}
+        if self.boolean:
+            options |= {"action": "store_true"}
+        else:
+            options |= {"type": self.from_argument, "metavar": self.metavar}
+            options |= {"action": "append"} if self.repeat else {}
+        parser.add_argument(*names, help=self.describe().replace("%", "%%"), **options)
+
+    def from_argument(self, text: str) -> Any:
+        """The value of an argument, with our words in argparse's message."""
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    def from_environment(self, environ: Mapping[str, str]) -> Any:
+        """The value of the first variable that is set, else the default (None: there is none)."""
+        for name in self.env:
+            if environ.get(name):
+                try:
+                    return parse_filters(environ[name]) if self.repeat else self.parse(environ[name])
+                except ValueError as error:
+                    raise UsageError(f"environment variable {name}: {error}") from None
+        if self.repeat:
+            return []
+        return False if self.boolean else self.parse(self.default) if self.default else ""
+
+
+GLOBAL_FLAGS = [
+    Flag("cloud", "cloud of the nodes: aws", ("CLOUD_PROVIDER",), parse_cloud, "aws", "NAME", "-c"),
+    Flag("verbose", "log each decision, not only changes", ("VERBOSE",), parse_bool),
+]
+_TAG = Flag("tag-name", "tag that carries the token", ("TAG_NAME",), str, "KubeletToken", "NAME")
+_INSECURE = Flag("insecure-skip-tls-verify", "do not verify the cluster: anybody in between can "
+                 "take the token", ("INSECURE_SKIP_TLS_VERIFY",), parse_bool)
+
+SERVER_FLAGS = [
+    Flag("filter", "only groups with this tag; all of several must match", ("NODE_FILTER",),
+         parse_filter, metavar="KEY=VALUE", repeat=True),
+    Flag("all-groups", "serve every group of the region, when no filter is given", (), parse_bool),
+    Flag("master", "URL of the Kubernetes API", ("KUBE_SERVICE_URL",), parse_url, metavar="URL"),
+    Flag("kube-token", "bearer token for it; others can read arguments, so better by the variable",
+         ("KUBE_SERVICE_TOKEN",), metavar="TOKEN"),
+    Flag("kube-token-file", "file with the bearer token, read again as it changes",
+         ("KUBE_SERVICE_TOKEN_FILE",), metavar="FILE"),
+    Flag("ca-path", "file with the cluster's CA", ("CA_PATH",), metavar="FILE"),
+    Flag("kubeconfig", "kubeconfig to reach the cluster with", ("KUBECONFIG",), metavar="FILE"),
+    Flag("context", "context of the kubeconfig, instead of its current one", (), metavar="NAME"),
+    _INSECURE,
+    Flag("region", "AWS region; else the profile's, else this instance's",
+         ("AWS_REGION", "AWS_DEFAULT_REGION"), metavar="NAME"),
+    _TAG,
+    Flag("token-ttl", "lifetime of a token", ("TOKEN_TTL",), ttl_duration, "30m", "DURATION"),
+    Flag("token-namespace", "namespace of the token Secrets", ("TOKEN_NAMESPACE",),
+         parse_namespace, READ_NAMESPACE, "NAME"),
+    Flag("auth-extra-groups", "groups of a token's user", ("AUTH_EXTRA_GROUPS",), parse_groups,
+         DEFAULT_GROUPS, "GROUPS"),
+    Flag("interval", "time from pass to pass", ("INTERVAL",), positive_duration, "10s", "DURATION"),
+    Flag("once", "make one pass and exit, 4 when a part of it failed", (), parse_bool),
+    Flag("dry-run", "print what a pass would do, and do nothing", (), parse_bool),
+]
+
+CLIENT_FLAGS = [
+    Flag("master", "URL of the Kubernetes API", ("KUBE_SERVICE_URL",), parse_url,
+         "https://127.0.0.1:6443", "URL"),
+    Flag("ca-path", "file with the cluster's CA", ("CA_PATH",), metavar="FILE"),
+    _INSECURE,
+    Flag("kubeconfig", "bootstrap kubeconfig to write", ("KUBECONFIG",), str,
+         "kubeconfig-bootstrap", "FILE"),
+    _TAG,
+    Flag("interval", "time from look to look", ("INTERVAL",), positive_duration, "5s", "DURATION"),
+    Flag("timeout", "give up after this time; 0 waits for ever", ("TIMEOUT",), parse_duration,
+         "0", "DURATION"),
+]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the program."""
+
+    run: Callable[[argparse.Namespace, Stop], int]
+    flags: list[Flag]
+    help: str
+    example: str
+
+
+COMMANDS = {
+    "server": Command(
+        run_server, SERVER_FLAGS, "give tokens to the nodes that need one",
+        "keto-tokens server --filter Role=compute --filter Env=prod --kubeconfig admin.conf",
+    ),
+    "client": Command(
+        run_client, CLIENT_FLAGS, "take this node's token and write the bootstrap kubeconfig",
+        "keto-tokens client --master https://api:6443 --ca-path /etc/kubernetes/ca.crt "
+        "\\\n      --kubeconfig /etc/kubernetes/bootstrap-kubelet.conf",
+    ),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ours: one line, raised."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the UsageError instead of printing the usage."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and those of its commands by name.  Global flags are taken by all of them."""
+    about, _, exit_codes = (__doc__ or "").partition("Exit codes:")
+    shared: dict[str, Any] = {
+        "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    parser = Parser(
+        prog="keto-tokens", description=about.partition("\n")[0], epilog=f"exit codes:{exit_codes}",
+        **shared,
+    )
+    parser.add_argument("-v", "--version", action="version", version=f"keto-tokens {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    parsers = {}
+    for name, command in COMMANDS.items():
+        example = f"example:\n  {command.example}"
+        parsers[name] = commands.add_parser(
+            name, help=command.help, description=command.help, epilog=example, **shared
+        )
+        for flag in command.flags:
+            flag.add_to(parsers[name])
+    sub = commands.add_parser("help", aliases=["h"], help="help for a command", **shared)
+    sub.add_argument("topic", nargs="?", default="", metavar="COMMAND")
+    for each in (parser, *parsers.values()):
+        for flag in GLOBAL_FLAGS:
+            flag.add_to(each)
+    return parser, parsers
+
+
+def normalized(argv: Sequence[str]) -> list[str]:
+    """The arguments as argparse takes them: Go also allows `-name` and `--flag=true`."""
+    flags = [*GLOBAL_FLAGS, *(flag for command in COMMANDS.values() for flag in command.flags)]
+    names = {"help", "version", *(flag.name for flag in flags)}
+    booleans = {flag.name for flag in flags if flag.boolean}
+    result = []
+    for argument in argv:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not re.match("--?[a-z]{2}", argument) or name not in names:
+            result.append(argument)
+        elif not equals or name not in booleans:
+            result.append(f"--{name}{equals}{value}")
+        elif _go_bool(name, value):
+            result.append(f"--{name}")
+    return result
+
+
+def _go_bool(name: str, text: str) -> bool:
+    try:
+        return parse_bool(text)
+    except ValueError as error:
+        raise UsageError(f"argument --{name}: {error}") from None
+
+
+def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace | None:
+    """The options of a run with every flag set; None when help was asked for, and printed."""
+    parser, parsers = build_parser()
+    options = parser.parse_args(normalized(argv))
+    if options.command in ("help", "h"):
+        if options.topic and options.topic not in parsers:
+            raise UsageError(f"there is no command {options.topic!r}: {', '.join(parsers)}")
+        print(parsers.get(options.topic, parser).format_help(), end="")
+        return None
+    if options.command is None:
+        raise UsageError(f"name a command: {', '.join(COMMANDS)} (see keto-tokens --help)")
+    for flag in [*GLOBAL_FLAGS, *COMMANDS[options.command].flags]:
+        if not hasattr(options, flag.dest):
+            setattr(options, flag.dest, flag.from_environment(environ))
+    check_options(options)
+    return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """What only shows when all flags are known."""
+    try:
+        CLOUDS[options.cloud].tag_name(options.tag_name)
+    except ValueError as error:
+        raise UsageError(f"--tag-name: {error}") from None
+    if options.command != "server":
+        return
+    filters = dict(options.filter)
+    if len(filters) < len(set(options.filter)):
+        raise UsageError("--filter: a tag has one value, so two filters on one key never match")
+    if bool(filters) == options.all_groups:
+        raise UsageError(
+            "--filter and --all-groups exclude each other" if filters else
+            "which groups? Pass --filter KEY=VALUE, or --all-groups for every group of the region"
+        )
+    options.filter = filters
+
+
+class LogFormatter(logging.Formatter):
+    """Lines without secrets; with a time, unless the journal adds its own."""
+
+    def __init__(self, journal: bool):
+        super().__init__("%(levelname)s %(message)s" if journal else
+                         "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+        self.converter = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line; a traceback is redacted as well."""
+        return redact(super().format(record))
+
+
+def to_journal(environ: Mapping[str, str]) -> bool:
+    """Whether stderr is the journal: systemd.exec(5), JOURNAL_STREAM."""
+    try:
+        status = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Our own log to stderr.  botocore's and urllib3's stay off: they write bodies."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(to_journal(os.environ)))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with these arguments; the exit code."""
+    try:
+        options = parse_options(sys.argv[1:] if argv is None else argv, os.environ)
+        if options is None:
+            return 0
+        set_up_logging(options.verbose)
+        stop = Stop()
+        with stop.on_signals():
+            return COMMANDS[options.command].run(options, stop)
+    except KetoError as error:
+        print(f"keto-tokens: {redact(str(error))}", file=sys.stderr)
+        return error.exit_code
+
+
+def run() -> NoReturn:
+    """The entry point: a bug's traceback is printed without secrets."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception:
+        import traceback
+
+        sys.stderr.write(redact(traceback.format_exc()))
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

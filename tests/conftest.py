@@ -1,0 +1,200 @@
+"""Fixtures: the clouds, a cluster (a stand-in, or a real one), and ways to run the program."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import keto_tokens
+from clusters import RealCluster, StandinCluster, TestCluster
+from standin_aws import Aws
+from standin_imds import Imds
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BUILT = REPOSITORY / "dist" / "keto-tokens"
+FILTER = ["--filter", "Role=compute"]
+
+
+@pytest.fixture(scope="session")
+def shared_aws() -> Iterator[Aws]:
+    with Aws() as aws:
+        yield aws
+
+
+@pytest.fixture
+def aws(shared_aws: Aws, monkeypatch: pytest.MonkeyPatch) -> Iterator[Aws]:
+    """An empty AWS account, which this process finds by its environment."""
+    shared_aws.reset()
+    for name, value in shared_aws.environment().items():
+        monkeypatch.setenv(name, value)
+    yield shared_aws
+
+
+@pytest.fixture
+def imds() -> Iterator[Imds]:
+    with Imds() as service:
+        yield service
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of whoever runs the tests reaches the program."""
+    flags = keto_tokens.GLOBAL_FLAGS + keto_tokens.SERVER_FLAGS + keto_tokens.CLIENT_FLAGS
+    for name in {name for flag in flags for name in flag.env}:
+        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.startswith("AWS_") or "proxy" in name.lower():
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # of this machine, if it has one
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[TestCluster]:
+    """The cluster that the end-to-end tests run against: real when KETO_TEST_KUBECONFIG says so."""
+    kubeconfig = os.environ.get("KETO_TEST_KUBECONFIG")
+    made: TestCluster = RealCluster(kubeconfig, tmp_path) if kubeconfig else StandinCluster(tmp_path)
+    with made:
+        yield made
+
+
+@pytest.fixture
+def standin(tmp_path: Path) -> Iterator[StandinCluster]:
+    """A cluster that can be made to fail, and whose clock can be set."""
+    with StandinCluster(tmp_path) as made:
+        yield made
+
+
+@dataclass
+class Result:
+    """How a run of the program ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def pass_line(self) -> dict[str, str]:
+        """The fields of the last pass's line."""
+        lines = [line for line in self.err.splitlines() if " pass nodes=" in f" {line}"]
+        return dict(part.split("=", 1) for part in lines[-1].split() if "=" in part)
+
+
+@dataclass
+class Program:
+    """Runs the program in this process, through main(argv)."""
+
+    capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch
+    leaks: set[str] = field(default_factory=set)
+
+    def __call__(self, *argv: str, **environ: str) -> Result:
+        with self.monkeypatch.context() as patch:
+            for name, value in environ.items():
+                patch.setenv(name, value)
+            self.capsys.readouterr()
+            code = keto_tokens.main(argv)
+        captured = self.capsys.readouterr()
+        for secret in self.leaks:
+            assert secret not in captured.err, "a secret is in the log"
+            assert secret not in captured.out, "a secret is in the output"
+        return Result(code, captured.out, captured.err)
+
+
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Program:
+    return Program(capsys, monkeypatch)
+
+
+@dataclass
+class World:
+    """AWS, the metadata service and a cluster, with the program between them."""
+
+    aws: Aws
+    imds: Imds
+    cluster: TestCluster
+    program: Program
+    folder: Path
+
+    def server(self, *argv: str, filters: list[str] | None = None, **environ: str) -> Result:
+        """A pass of the server."""
+        base = ["server", "--once", *(FILTER if filters is None else filters)]
+        result = self.program(*base, *self.cluster.server_flags(), *argv, **environ)
+        self.program.leaks |= self.secrets()
+        for secret in self.program.leaks:
+            assert secret not in result.out + result.err
+        return result
+
+    def client(self, node: str, *argv: str, **environ: str) -> Result:
+        """A run of the client as this instance."""
+        base = ["client", "--master", self.cluster.url, "--ca-path", str(self.cluster.ca_path)]
+        return self.program(
+            *base, "--kubeconfig", str(self.kubeconfig(node)), "--interval", "50ms",
+            "--timeout", "20s", *argv, **{**self.node_environment(node), **environ},
+        )
+
+    def node_environment(self, node: str) -> dict[str, str]:
+        """What makes a process run as this instance."""
+        return {
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT": self.imds.url(node),
+            "AWS_EC2_METADATA_DISABLED": "false",
+        }
+
+    def kubeconfig(self, node: str) -> Path:
+        """Where the client of an instance writes."""
+        return self.folder / node / "etc" / "bootstrap.conf"
+
+    def secrets(self) -> set[str]:
+        """The secret halves of all tokens that there are."""
+        bodies = self.cluster.token_secrets()
+        return {keto_tokens._decode(body["data"]["token-secret"]) for body in bodies}
+
+    def secret_of(self, node: str) -> dict[str, Any] | None:
+        """The Secret of a node, None when it has none."""
+        found = [
+            body for body in self.cluster.token_secrets()
+            if body["metadata"].get("annotations", {}).get("keto-tokens/node") == node
+        ]
+        assert len(found) <= 1, "two Secrets for one node"
+        return found[0] if found else None
+
+    def token_of(self, node: str) -> str:
+        """The token in a node's Secret."""
+        body = self.secret_of(node)
+        assert body is not None, f"no Secret for {node}"
+        data = {key: keto_tokens._decode(value) for key, value in body["data"].items()}
+        return f"{data['token-id']}.{data['token-secret']}"
+
+
+@pytest.fixture
+def world(aws: Aws, imds: Imds, cluster: TestCluster, program: Program, tmp_path: Path) -> World:
+    return World(aws, imds, cluster, program, tmp_path / "nodes")
+
+
+@pytest.fixture
+def faulty(aws: Aws, imds: Imds, standin: StandinCluster, program: Program, tmp_path: Path) -> World:
+    """The same with a cluster that can be made to fail, or to be at another time."""
+    return World(aws, imds, standin, program, tmp_path / "nodes")
+
+
+def run_built(*argv: str, environ: dict[str, str] | None = None, **options: Any) -> Result:
+    """Run dist/keto-tokens with just this environment."""
+    done = subprocess.run(
+        [sys.executable, str(BUILT), *argv], env=environ or {}, capture_output=True, text=True,
+        timeout=120, **options,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def recorded(number: int) -> dict[str, Any]:
+    """An exchange recorded with a real API server."""
+    (path,) = (REPOSITORY / "tests" / "kubernetes-api").glob(f"{number:02}-*.json")
+    exchange: dict[str, Any] = json.loads(path.read_text())
+    return exchange
