@@ -265,7 +265,7 @@ class Kind(enum.Enum):
 
     ISSUE = "issue"  # create the Secret, then tag the node
     RENEW = "renew"  # a new secret half in the Secret that is there, then tag the node
-    PUBLISH = "publish"  # tag the node with the token of its Secret
+    PUBLISH = "publish"  # tag the node with the token of its Secret, good for a full TTL
     EXTEND = "extend"  # a later expiration
     FINISH = "finish"  # mark the tag consumed, then delete the Secret
     REVOKE = "revoke"  # delete the Secret
@@ -1470,7 +1470,7 @@ def aws_refusal(action: str, what: str, response: Mapping[str, Any]) -> KetoErro
 
 
 def aws_client(session: Any, service: str, region: str, calls: Calls) -> Any:
-    """A client of a boto3 session that retries throttling in botocore's standard mode and counts its calls."""
+    """A client that retries throttling in botocore's standard mode, and counts its calls."""
     import botocore.config
     import botocore.exceptions
 
@@ -1681,7 +1681,9 @@ def aws_pools(options: argparse.Namespace, calls: Calls, sleep: Callable[[float]
     return AwsPools(region, options.tag_name, calls, sleep)
 
 
-def aws_instance(options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]) -> Instance:
+def aws_instance(
+    options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]
+) -> Instance:
     """The client's side of AWS."""
     return AwsInstance(options.tag_name, Imds(os.environ, sleep), calls)
 
@@ -1827,7 +1829,7 @@ class Server:
         elif action.kind is Kind.RENEW:
             self._publish(node, self._store.renew(secret, node))
         elif action.kind is Kind.PUBLISH:
-            self._publish(node, secret)
+            self._publish(node, self._store.extend(secret))
         elif action.kind is Kind.EXTEND:
             self._store.extend(secret)
         else:

@@ -22,6 +22,17 @@ BUILT = REPOSITORY / "dist" / "keto-tokens"
 FILTER = ["--filter", "Role=compute"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_loader() -> Iterator[None]:
+    """Read botocore's service models once for all tests, not once for each run of the program."""
+    import botocore.session
+
+    loader = botocore.loaders.create_loader()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.loaders, "create_loader", lambda *_: loader)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_aws() -> Iterator[Aws]:
     with Aws() as aws:
@@ -49,7 +60,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = keto_tokens.GLOBAL_FLAGS + keto_tokens.SERVER_FLAGS + keto_tokens.CLIENT_FLAGS
     for name in {name for flag in flags for name in flag.env}:
         monkeypatch.delenv(name, raising=False)
-    for name in list(os.environ):
+    for name in sorted(os.environ):
         if name.startswith("AWS_") or "proxy" in name.lower():
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # of this machine, if it has one
