@@ -146,7 +146,7 @@ run_tests() {
 
 case "${1:-build}" in
 build) build ;;
-demo) build >&2 && shift && exec .venv/bin/python tests/demo.py "$@" ;;
+demo) build >&2 && shift && PYTHONPATH=. exec .venv/bin/python tests/demo.py "$@" ;;
 test) shift && run_tests "$@" ;;
 clean) rm -rf .venv build dist .pytest_cache .mypy_cache .hypothesis ./*.egg-info && find . -name __pycache__ -prune -exec rm -rf {} + ;;
 *) die "unknown: $1; one of build, demo, test, clean" ;;

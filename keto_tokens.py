@@ -13,12 +13,13 @@ again by looking.  Nothing is remembered from one pass to the next.
 
 Exit codes:
   0  done; the server was told to stop; the tag says that the token was consumed already
-  1  a bug in this program: the one case that shows a traceback
+  1  status: a node is stuck
   2  a flag, an environment variable or a command is wrong; nothing was touched
   3  cannot work as set up: a file, a credential, the cluster or the cloud is missing or refused
   4  server --once: a part of the pass failed; the next pass finishes it
   5  client: --timeout passed before there was a live token
   6  client: the kubeconfig is written, but the tag could not be marked; run it again
+  70  a bug in this program: the one case that shows a traceback
   128+N  client: ended by signal N before it was done
 """
 from __future__ import annotations
@@ -44,6 +45,7 @@ import random
 import re
 import secrets
 import signal
+import socket
 import ssl
 import subprocess
 import tempfile
@@ -86,6 +88,9 @@ TOKEN_NAMES = 8  # how many ids a node tries when others have taken the ones der
 YOUNG = 60.0  # seconds; cloud APIs are eventually consistent, so a young Secret is never "gone"
 JUST_JOINED = 120.0  # seconds after its join in which a tag that still shows a token is an old read
 SKEW = 30.0  # seconds between our clock and the cluster's that are worth a warning
+
+LEASE, RENEW_DEADLINE, RENEW_EVERY = 15, 10.0, 2.0  # seconds, as Kubernetes' own components
+STUCK = 600.0  # seconds after which a node that has not joined is worth a look: booting takes less
 
 WORKERS = 8  # actions at a time: enough to fill the tagging rate at 0.5 s an action
 TAGS_PER_SECOND, TAGS_BURST = 10.0, 50.0  # half of EC2's CreateTags bucket (100, refilled 10/s)
@@ -297,12 +302,17 @@ class Policy:
 
 @dataclass(frozen=True)
 class World:
-    """All that one pass has seen.  `joins` is by Secret name; a missing name is `NO_CSR`."""
+    """All that one pass has seen.  `joins` is by Secret name; a missing name is `NO_CSR`.
+
+    `certified` says when a token id last got a certificate, for as long as CSRs are kept (an hour);
+    None when that cannot be seen.
+    """
 
     listing: Listing
     secrets: tuple[TokenSecret, ...]
     joins: Mapping[str, Join]
-    joined_lately: frozenset[str]  # token ids with which a Node joined in the last JUST_JOINED s
+    certified: Mapping[str, float] | None
+    owner: str
     now: float
 
 
@@ -438,10 +448,9 @@ def without_live_secret(
 ) -> Action:
     """No token that works: give one, unless the node has taken one already."""
     in_tag, kind = node.token, Kind.RENEW if secret else Kind.ISSUE
-    lately = in_tag is not None and in_tag.id in world.joined_lately
-    if lately:
+    if in_tag and world.now - (world.certified or {}).get(in_tag.id, 0.0) < JUST_JOINED:
         return Action(Kind.LEAVE, node, secret, "joined just now; its tag may be an old read")
-    if node.consumed and node.new_disk:
+    if node.consumed and node.new_disk and needs_rejoin(node, world):
         return Action(kind, node, secret, "its root volume is being replaced")
     if node.consumed and secret and policy.revoke:
         return Action(Kind.REVOKE, node, secret, "consumed, and expired")
@@ -450,6 +459,17 @@ def without_live_secret(
     if in_tag:
         return Action(kind, node, secret, "the token in its tag is no longer live")
     return Action(kind, node, secret, "its tag holds no token" if node.tag else "no token yet")
+
+
+def needs_rejoin(node: Node, world: World) -> bool:
+    """Whether a node with a new disk has yet to join with it.
+
+    Neither its tag nor its state tells a join before the replacement from one after it; a certificate
+    within the hour for which CSRs are kept may be either, and giving a token each pass would be worse.
+    """
+    if world.certified is None:
+        return False
+    return not any(token_id in world.certified for token_id in token_ids(world.owner, node.id))
 
 
 def before_consumption(node: Node, secret: TokenSecret, now: float, policy: Policy) -> Action:
@@ -1331,9 +1351,9 @@ class Joins:
         self._cluster, self._told = cluster, False
 
     def observe(
-        self, secrets: Iterable[TokenSecret], now: float
-    ) -> tuple[dict[str, Join], frozenset[str]]:
-        """By Secret name how far its node is, and the token ids that were used to join lately.
+        self, secrets: Iterable[TokenSecret]
+    ) -> tuple[dict[str, Join], dict[str, float] | None]:
+        """`joins` and `certified` of a World.
 
         Without the right to look, every Secret's join is UNKNOWN; that is said once.
         """
@@ -1344,9 +1364,9 @@ class Joins:
             if error.status != 403:
                 raise
             self._tell(error)
-            return {secret.name: Join.UNKNOWN for secret in secrets}, frozenset()
-        issued = (csr for csr in csrs if csr.state is Join.ISSUED)
-        return joins, frozenset(c.token_id for c in issued if now - c.decided < JUST_JOINED)
+            return {secret.name: Join.UNKNOWN for secret in secrets}, None
+        issued = sorted((csr for csr in csrs if csr.state is Join.ISSUED), key=lambda csr: csr.decided)
+        return joins, {csr.token_id: csr.decided for csr in issued}
 
     def _csrs(self) -> list[Csr]:
         path = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
@@ -1722,10 +1742,10 @@ class Server:
 
     def __init__(
         self, pools: Pools, store: TokenStore, filters: Mapping[str, str], policy: Policy,
-        calls: Calls, stop: threading.Event,
+        calls: Calls, stop: threading.Event, may_work: Callable[[], bool] = lambda: True,
     ):
         self._pools, self._store, self._filters, self._policy = pools, store, filters, policy
-        self._calls, self._stop = calls, stop
+        self._calls, self._stop, self._may_work = calls, stop, may_work
         self._joins = Joins(store.cluster)
         self._warned: set[str] = set()
 
@@ -1737,6 +1757,9 @@ class Server:
         """
         first = True
         while not self._stop.is_set():
+            if not self._may_work():
+                self._stop.wait(RENEW_EVERY / 4)
+                continue
             started = time.monotonic()
             try:
                 self.run_pass()
@@ -1771,10 +1794,10 @@ class Server:
             self._warn_once("no instance is in any group that matches the filters")
         live = [secret for secret in found if secret.live(now)]
         joins: dict[str, Join] = {}
-        lately: frozenset[str] = frozenset()
-        if live or any(node.token for node in listing.nodes):
-            joins, lately = self._joins.observe(live, now)
-        return World(listing, found, joins, lately, now)
+        certified: dict[str, float] | None = {}
+        if live or any(node.token or node.new_disk for node in listing.nodes):
+            joins, certified = self._joins.observe(live)
+        return World(listing, found, joins, certified, self._store.owner, now)
 
     def _check_clock(self) -> None:
         skew = self._store.cluster.skew()
@@ -1804,10 +1827,10 @@ class Server:
 
     def _guarded(self, action: Action) -> str:
         """Carry out one action; whatever happens to it, the others go on."""
-        if self._stop.is_set():
+        if self._stop.is_set() or not self._may_work():
             return "left"
         try:
-            self._carry_out(action)
+            secret = self._carry_out(action)
         except Superseded as error:
             log.debug("%s superseded: %s", action_line(action), error)
             return "superseded"
@@ -1817,41 +1840,41 @@ class Server:
         except Exception:
             log.exception("%s failed by a bug in keto-tokens", action_line(action))
             return "failed"
-        log.info("%s", action_line(action))
+        log.info("%s", action_line(replace(action, secret=secret)))
         return action.kind.value
 
-    def _carry_out(self, action: Action) -> None:
+    def _carry_out(self, action: Action) -> TokenSecret:
+        """Do it; the Secret as it is afterwards, or was last."""
         node, secret = action.node, action.secret
         if action.kind is Kind.ISSUE:
-            self._publish(node, self._store.issue(node))
-        elif secret is None:
+            return self._publish(node, self._store.issue(node))
+        if secret is None:
             raise AssertionError(f"{action.kind} without a Secret")
-        elif action.kind is Kind.RENEW:
-            self._publish(node, self._store.renew(secret, node))
-        elif action.kind is Kind.PUBLISH:
-            self._publish(node, self._store.extend(secret))
-        elif action.kind is Kind.EXTEND:
-            self._store.extend(secret)
-        else:
-            if action.kind is Kind.FINISH:
-                self._pools.write_tag(node.id, CONSUMED)
-            if self._policy.revoke:
-                self._store.revoke(secret)
+        if action.kind is Kind.RENEW:
+            return self._publish(node, self._store.renew(secret, node))
+        if action.kind is Kind.PUBLISH:
+            return self._publish(node, self._store.extend(secret))
+        if action.kind is Kind.EXTEND:
+            return self._store.extend(secret)
+        if action.kind is Kind.FINISH:
+            self._pools.write_tag(node.id, CONSUMED)
+        if self._policy.revoke:
+            self._store.revoke(secret)
+        return secret
 
-    def _publish(self, node: Node, secret: TokenSecret) -> None:
+    def _publish(self, node: Node, secret: TokenSecret) -> TokenSecret:
         """The Secret is there first, so that no tag ever holds a token that the cluster lacks."""
         self._pools.write_tag(node.id, secret.token.value)
         self._store.published(secret)
+        return secret
 
 
 def action_line(action: Action) -> str:
     """The action for the log, as key=value."""
-    token_id = action.secret.token.id if action.secret else "-"
-    node = action.node
-    return (
-        f"{action.kind.value} node={node.id} pool={node.pool} token_id={token_id} "
-        f'reason="{action.reason}"'
-    )
+    node, secret = action.node, action.secret
+    about = f"{action.kind.value} node={node.id} pool={node.pool}"
+    token = f" token_id={secret.token.id} expires={format_time(secret.expires)}" if secret else ""
+    return f'{about}{token} reason="{action.reason}"'
 
 
 def pass_line(
@@ -1885,27 +1908,150 @@ def plan_lines(actions: Sequence[Action]) -> Iterator[str]:
         yield "  ".join([*padded, reason])
 
 
-def run_server(options: argparse.Namespace, stop: Stop) -> int:
-    """The server command; the exit code."""
+class Leader:
+    """One of several servers works at a time: the one that holds a Lease (coordination.k8s.io/v1).
+
+    A thread renews it while the `with` block lasts, and gives it back at its end.  Others take it when
+    it has not changed for LEASE seconds of their own clock, so clocks need not agree; by then the old
+    holder has counted itself out, RENEW_DEADLINE seconds after its last renewal.
+    """
+
+    def __init__(self, cluster: Cluster, namespace: str, name: str):
+        self._cluster, self._name, self._done = cluster, name, threading.Event()
+        self._path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+        self._identity = f"{socket.gethostname()}_{secrets.token_hex(4)}"
+        self._until = float("-inf")  # until when, by time.monotonic(), we may count on leading
+        self._seen: tuple[str, float] = ("", 0.0)  # the Lease's version, and since when
+        self._told = ""
+
+    def leads(self) -> bool:
+        """Whether we hold the Lease."""
+        return time.monotonic() < self._until
+
+    def __enter__(self) -> Leader:
+        try:
+            self._step()
+        except CallFailed as error:
+            if error.status == 403:  # no time will mend that
+                raise SetupError(str(error)) from None
+            log.warning("lease not taken yet lease=%s: %s", self._name, error)
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        if self.leads():
+            with contextlib.suppress(KetoError):
+                self._write(self._get(), "", 1)
+                log.info("lease given back lease=%s", self._name)
+
+    def _keep(self) -> None:
+        while not self._done.wait(RENEW_EVERY):
+            try:
+                self._step()
+            except KetoError as error:
+                log.warning("lease not renewed lease=%s: %s", self._name, error)
+
+    def _step(self) -> None:
+        """Take the Lease, or renew it, or see who has it."""
+        started = time.monotonic()
+        try:
+            lease = self._get()
+            if lease_is_free(lease, self._identity, self._unchanged_for(lease, started)):
+                self._write(lease, self._identity, LEASE)
+                self._until = started + RENEW_DEADLINE
+        except Superseded:
+            log.debug("another server was quicker lease=%s", self._name)
+        holder = self._identity if self.leads() else "another server"
+        if holder != self._told:
+            log.info("leader=%s lease=%s identity=%s", holder, self._name, self._identity)
+        self._told = holder
+
+    def _unchanged_for(self, lease: Mapping[str, Any] | None, now: float) -> float:
+        version = lease["metadata"]["resourceVersion"] if lease else ""
+        if version != self._seen[0]:
+            self._seen = version, now
+        return now - self._seen[1]
+
+    def _get(self) -> dict[str, Any] | None:
+        try:
+            return self._cluster.request("GET", f"{self._path}/{self._name}", attempts=1)
+        except CallFailed as error:
+            if error.status != 404:
+                raise
+            return None
+
+    def _write(self, lease: Mapping[str, Any] | None, holder: str, seconds: int) -> None:
+        body = lease_body(lease, self._name, holder, seconds, self._cluster.now())
+        method, path = ("PUT", f"{self._path}/{self._name}") if lease else ("POST", self._path)
+        self._cluster.request(method, path, body, attempts=1)
+
+
+def lease_is_free(lease: Mapping[str, Any] | None, identity: str, unchanged_for: float) -> bool:
+    """Whether `identity` may take or renew the Lease, which it has seen unchanged for so long."""
+    spec = (lease or {}).get("spec") or {}
+    holder, seconds = spec.get("holderIdentity"), spec.get("leaseDurationSeconds", LEASE)
+    return not holder or holder == identity or unchanged_for >= seconds
+
+
+def lease_body(
+    lease: Mapping[str, Any] | None, name: str, holder: str, seconds: int, now: float
+) -> dict[str, Any]:
+    """The Lease with this holder, renewed now."""
+    moment = datetime.fromtimestamp(now, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    old = (lease or {}).get("spec") or {}
+    same = old.get("holderIdentity") == holder
+    spec = {
+        "holderIdentity": holder,
+        "leaseDurationSeconds": seconds,
+        "acquireTime": old.get("acquireTime", moment) if same else moment,
+        "renewTime": moment,
+        "leaseTransitions": old.get("leaseTransitions", 0) + (bool(lease) and not same),
+    }
+    metadata = (lease or {}).get("metadata") or {"name": name}
+    return {
+        "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec,
+    }
+
+
+def server_parts(
+    options: argparse.Namespace, calls: Calls, stop: Stop
+) -> tuple[Pools, TokenStore]:
+    """The cloud and the cluster that the flags of server and status name."""
     access = cluster_access(options, os.environ)
-    calls = Calls()
     pools = CLOUDS[options.cloud].pools(options, calls, stop.wait)
     store = TokenStore(
         Cluster(access, calls, stop.wait),
         owner_hash(options.cloud, pools.scope, options.tag_name, options.filter),
         namespace=options.token_namespace,
-        groups=options.auth_extra_groups,
+        groups=vars(options).get("auth_extra_groups", DEFAULT_GROUPS),
         ttl=options.token_ttl,
     )
-    server = Server(pools, store, options.filter, Policy(ttl=options.token_ttl), calls, stop.event)
+    return pools, store
+
+
+def run_server(options: argparse.Namespace, stop: Stop) -> int:
+    """The server command; the exit code."""
+    calls = Calls()
+    pools, store = server_parts(options, calls, stop)
+    policy = Policy(options.token_ttl, options.give_up, not options.no_revoke)
+    parts = pools, store, options.filter, policy, calls, stop.event
     if options.dry_run:
-        for line in plan_lines(plan(server.observe(), Policy(ttl=options.token_ttl))):
+        for line in plan_lines(plan(Server(*parts).observe(), policy)):
             print(line)
     elif options.once:
-        server.run_pass()
+        Server(*parts).run_pass()
     else:
-        log.info("started version=%s cluster=%s owner=%s", __version__, access.server, store.owner)
-        server.run(options.interval)
+        server = store.cluster.access.server
+        log.info("started version=%s cluster=%s owner=%s", __version__, server, store.owner)
+        if options.leader_elect:
+            name = f"keto-tokens-{store.owner}"
+            with Leader(store.cluster, options.token_namespace, name) as leader:
+                Server(*parts, leader.leads).run(options.interval)
+        else:
+            Server(*parts).run(options.interval)
         log.info("stopped")
     return 0
 
@@ -1952,6 +2098,141 @@ def warned(access: Access) -> Access:
     if access.insecure:
         log.warning("the certificate of %s is NOT verified, as was asked", access.server)
     return access
+
+
+# ---------------------------------------------------------------------------------------------
+# Status: the same view of the world as the server's, in words
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """What status says of a node; times in seconds, None where there is no Secret."""
+
+    node: str
+    pool: str
+    lifecycle: str
+    tag: str
+    token_id: str
+    age: float | None
+    expires_in: float | None
+    state: str
+    reason: str
+    secret: str = ""
+
+
+def status_row(action: Action, join: Join, now: float) -> Row:
+    """The state of the node of an action of `plan`."""
+    node, secret = action.node, action.secret
+    live = secret if secret and secret.live(now) else None
+    state, reason = node_state(node, live, join, now)
+    if node.gone or not node.wanted:
+        state, reason = "gone" if node.gone else "idle", action.reason
+    token = live.token if live else node.token
+    return Row(
+        node=node.id,
+        pool=node.pool,
+        lifecycle=node.state,
+        tag="consumed" if node.consumed else "waiting" if node.token else "none",
+        token_id=token.id if token else "",
+        age=now - live.first_issued if live else None,
+        expires_in=live.expires - now if live else None,
+        state=state,
+        reason=reason,
+        secret=live.name if live else "",
+    )
+
+
+def node_state(node: Node, secret: TokenSecret | None, join: Join, now: float) -> tuple[str, str]:
+    """The state of a node that is served, and what is likely to be behind it.
+
+    `secret` is its live Secret.  A node is stuck when it takes longer than STUCK.
+    """
+    if secret is None and node.consumed:
+        return "joined", "consumed, and its token is gone"
+    if secret is None:
+        return "new", "no token yet: is the server running?"
+    if join is Join.JOINED:
+        return "joined", "its token is revoked in the next pass"
+    age = format_duration(now - secret.first_issued)
+    slow = now - secret.first_issued >= STUCK
+    if not node.consumed and node.token != secret.token:
+        return "stuck" if slow else "waiting", "token not in its tag: is the server running, may it tag?"
+    if not node.consumed:
+        words = f"tag not read in {age}: is the client running?" if slow else "tag not read yet"
+        return "stuck" if slow else "waiting", words
+    hints = {
+        Join.NO_CSR: "is the kubelet running, can it reach the API?",
+        Join.PENDING: "is anything there to approve it?",
+        Join.DENIED: "see kubectl describe csr",
+        Join.ISSUED: "does the kubelet register itself?",
+        Join.UNKNOWN: "the right to list CSRs or get Nodes is missing",
+    }
+    words = f"consumed, {join.value} {age} after the token was issued"
+    slow = (slow or join is Join.DENIED) and join is not Join.UNKNOWN
+    return "stuck" if slow else "joining", f"{words}: {hints[join]}" if slow else words
+
+
+_COLUMNS = {
+    "NODE": lambda row: row.node,
+    "POOL": lambda row: row.pool,
+    "LIFECYCLE": lambda row: row.lifecycle,
+    "TAG": lambda row: row.tag,
+    "TOKEN": lambda row: row.token_id or "-",
+    "AGE": lambda row: "-" if row.age is None else format_duration(row.age),
+    "EXPIRES": lambda row: "-" if row.expires_in is None else format_duration(row.expires_in),
+    "STATE": lambda row: row.state,
+    "SECRET": lambda row: row.secret or "-",
+    "REASON": lambda row: row.reason,
+}  # type: dict[str, Callable[[Row], str]]
+_COLOURS = {"stuck": "31", "joined": "32", "joining": "33", "waiting": "33", "gone": "2", "idle": "2"}
+
+
+def table(rows: Sequence[Row], wide: bool, colour: bool) -> Iterator[str]:
+    """The lines of the table; reasons of nodes that are not stuck are only in the wide one."""
+    columns = [name for name in _COLUMNS if wide or name != "SECRET"]
+    cells = [[_COLUMNS[name](row) for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    for row, line in zip([None, *rows], [columns, *cells]):
+        if row and row.state != "stuck" and not wide:
+            line = [*line[:-1], ""]
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+        yield f"\033[{_COLOURS.get(row.state, 0)}m{text}\033[0m" if row and colour else text
+
+
+def status_rows(server: Server, policy: Policy, node_id: str) -> list[Row]:
+    """The rows of all nodes, by pool and id, or of the one."""
+    world = server.observe()
+    rows = [
+        status_row(action, world.joins.get(action.secret.name if action.secret else "", Join.NO_CSR),
+                   world.now)
+        for action in plan(world, policy)
+    ]
+    return sorted(
+        (row for row in rows if node_id in ("", row.node)), key=lambda row: (row.pool, row.node)
+    )
+
+
+def run_status(options: argparse.Namespace, stop: Stop) -> int:
+    """The status command; 1 when a node is stuck."""
+    calls = Calls()
+    pools, store = server_parts(options, calls, stop)
+    policy = Policy(options.token_ttl)
+    server = Server(pools, store, options.filter, policy, calls, stop.event)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    while True:
+        rows = status_rows(server, policy, options.node)
+        if options.node and not rows:
+            raise SetupError(f"{options.node} is in no group that matches the filters")
+        if options.watch and colour:
+            print("\033[H\033[J", end="")
+        if options.output == "json":
+            print(json.dumps([vars(row) for row in rows], indent=2))
+        else:
+            print(*table(rows, options.output == "wide", colour), sep="\n")
+        sys.stdout.flush()
+        if not options.watch or stop.wait(options.interval):
+            return int(any(row.state == "stuck" for row in rows))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2287,6 +2568,13 @@ def parse_bool(text: str) -> bool:
     raise ValueError(f"{text!r} is neither true nor false")
 
 
+def parse_output(text: str) -> str:
+    """A format of status."""
+    if text not in ("json", "wide"):
+        raise ValueError(f"{text!r} is neither json nor wide")
+    return text
+
+
 def parse_cloud(text: str) -> str:
     """The name of a cloud that there is."""
     if text not in CLOUDS:
@@ -2362,7 +2650,7 @@ _TAG = Flag("tag-name", "tag that carries the token", ("TAG_NAME",), str, "Kubel
 _INSECURE = Flag("insecure-skip-tls-verify", "do not verify the cluster: anybody in between can "
                  "take the token", ("INSECURE_SKIP_TLS_VERIFY",), parse_bool)
 
-SERVER_FLAGS = [
+VIEW_FLAGS = [
     Flag("filter", "only groups with this tag; all of several must match", ("NODE_FILTER",),
          parse_filter, metavar="KEY=VALUE", repeat=True),
     Flag("all-groups", "serve every group of the region, when no filter is given", (), parse_bool),
@@ -2381,11 +2669,28 @@ SERVER_FLAGS = [
     Flag("token-ttl", "lifetime of a token", ("TOKEN_TTL",), ttl_duration, "30m", "DURATION"),
     Flag("token-namespace", "namespace of the token Secrets", ("TOKEN_NAMESPACE",),
          parse_namespace, READ_NAMESPACE, "NAME"),
+]
+
+SERVER_FLAGS = [
+    *VIEW_FLAGS,
     Flag("auth-extra-groups", "groups of a token's user", ("AUTH_EXTRA_GROUPS",), parse_groups,
          DEFAULT_GROUPS, "GROUPS"),
+    Flag("give-up", "how long after its first token a node that does not join gets new ones",
+         ("GIVE_UP",), positive_duration, "2h", "DURATION"),
+    Flag("no-revoke", "leave tokens to their expiration", ("NO_REVOKE",), parse_bool),
+    Flag("leader-elect", "of several servers let one work at a time", ("LEADER_ELECT",), parse_bool),
     Flag("interval", "time from pass to pass", ("INTERVAL",), positive_duration, "10s", "DURATION"),
     Flag("once", "make one pass and exit, 4 when a part of it failed", (), parse_bool),
     Flag("dry-run", "print what a pass would do, and do nothing", (), parse_bool),
+]
+
+STATUS_FLAGS = [
+    *VIEW_FLAGS,
+    Flag("node", "only this instance", metavar="ID"),
+    Flag("output", "json, or wide: every reason, and the Secrets", parse=parse_output,
+         metavar="FORMAT", short="-o"),
+    Flag("watch", "again and again, until stopped", parse=parse_bool),
+    Flag("interval", "time from look to look", ("INTERVAL",), positive_duration, "10s", "DURATION"),
 ]
 
 CLIENT_FLAGS = [
@@ -2416,6 +2721,10 @@ COMMANDS = {
     "server": Command(
         run_server, SERVER_FLAGS, "give tokens to the nodes that need one",
         "keto-tokens server --filter Role=compute --filter Env=prod --kubeconfig admin.conf",
+    ),
+    "status": Command(
+        run_status, STATUS_FLAGS, "show how far each node is; exit 1 when one is stuck",
+        "keto-tokens status --filter Role=compute --kubeconfig admin.conf --watch",
     ),
     "client": Command(
         run_client, CLIENT_FLAGS, "take this node's token and write the bootstrap kubeconfig",
@@ -2509,8 +2818,10 @@ def check_options(options: argparse.Namespace) -> None:
         CLOUDS[options.cloud].tag_name(options.tag_name)
     except ValueError as error:
         raise UsageError(f"--tag-name: {error}") from None
-    if options.command != "server":
+    if "filter" not in options:
         return
+    if options.command == "server" and options.leader_elect and (options.once or options.dry_run):
+        raise UsageError("--leader-elect is for a server that stays, without --once and --dry-run")
     filters = dict(options.filter)
     if len(filters) < len(set(options.filter)):
         raise UsageError("--filter: a tag has one value, so two filters on one key never match")
@@ -2579,7 +2890,7 @@ def run() -> NoReturn:
         import traceback
 
         sys.stderr.write(redact(traceback.format_exc()))
-        code = 1
+        code = 70
     sys.exit(code)
 
 

@@ -58,8 +58,8 @@ def imds() -> Iterator[Imds]:
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No variable of whoever runs the tests reaches the program."""
     flags = keto_tokens.GLOBAL_FLAGS + keto_tokens.SERVER_FLAGS + keto_tokens.CLIENT_FLAGS
-    for name in {name for flag in flags for name in flag.env}:
-        monkeypatch.delenv(name, raising=False)
+    for variable in {name for flag in flags for name in flag.env}:
+        monkeypatch.delenv(variable, raising=False)
     for name in sorted(os.environ):
         if name.startswith("AWS_") or "proxy" in name.lower():
             monkeypatch.delenv(name)

@@ -35,11 +35,11 @@ def node(tag: str | None = None, state: str = "InService", node_id: str = "i-1")
 
 def planned(
     nodes: Sequence[Node], secrets: Sequence[TokenSecret] = (), join: Join | None = None,
-    policy: Policy = POLICY, lately: Sequence[str] = (), complete: bool = True,
+    policy: Policy = POLICY, certified: Sequence[str] = (), complete: bool = True,
 ) -> list[Action]:
     joins = {secret.name: join for secret in secrets} if join else {}
     listing = Listing(tuple(nodes), complete)
-    return plan(World(listing, tuple(secrets), joins, frozenset(lately), NOW), policy)
+    return plan(World(listing, tuple(secrets), joins, dict.fromkeys(certified, NOW - 60), OWNER, NOW), policy)
 
 
 LIVE = secret_for("i-1")
@@ -121,6 +121,8 @@ def test_only_ending_nodes_lose_theirs(state: str) -> None:
 def test_a_new_root_volume_needs_a_new_token(state: str) -> None:
     (action,) = planned([node(CONSUMED, state)])
     assert action.kind is Kind.ISSUE
+    (action,) = planned([node(CONSUMED, state)], certified=[LIVE.token.id])
+    assert action.kind is Kind.LEAVE
 
 
 def test_a_secret_without_a_node_is_revoked() -> None:
@@ -145,7 +147,7 @@ def test_without_revocation_nothing_is_deleted(tag: str) -> None:
 
 
 def test_an_old_read_of_the_tag_after_a_join_is_no_lost_secret() -> None:
-    (action,) = planned([node(TOKEN)], lately=[LIVE.token.id])
+    (action,) = planned([node(TOKEN)], certified=[LIVE.token.id])
     assert action.kind is Kind.LEAVE
 
 
@@ -186,7 +188,7 @@ def worlds(draw: st.DrawFn) -> World:
         )
         found.append(secret)
         joins[secret.name] = draw(st.sampled_from(list(Join)))
-    return World(Listing(tuple(nodes)), tuple(found), joins, frozenset(), NOW)
+    return World(Listing(tuple(nodes)), tuple(found), joins, {}, OWNER, NOW)
 
 
 def carried_out(world: World, actions: Sequence[Action], policy: Policy) -> World:
@@ -215,7 +217,7 @@ def carried_out(world: World, actions: Sequence[Action], policy: Policy) -> Worl
             del found[secret.name]
         elif secret:
             found[secret.name] = secret
-    return World(Listing(tuple(nodes.values())), tuple(found.values()), joins, frozenset(), NOW)
+    return World(Listing(tuple(nodes.values())), tuple(found.values()), joins, {}, OWNER, NOW)
 
 
 WRITES = {Kind.ISSUE, Kind.RENEW, Kind.PUBLISH, Kind.EXTEND, Kind.FINISH, Kind.REVOKE}
