@@ -2423,10 +2423,11 @@ def write_whole(path: Path, text: str) -> bool:
 
 def make_parents(path: Path) -> None:
     """Make the folders above `path` that are missing, 0755 whatever the umask."""
-    for folder in reversed(path.parents):
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            folder.chmod(0o755)
+    before = os.umask(0o022)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    finally:
+        os.umask(before)
 
 
 def sync_folder(folder: Path) -> None:

@@ -270,8 +270,9 @@ class Kubernetes:
         return self.now() >= moment.timestamp()
 
     def clean(self) -> None:
-        """What the token cleaner does, and the signer of cluster-info."""
+        """What the cleaners of tokens and CSRs do, and the signer of cluster-info."""
         with self.lock:
+            self._clean_requests()
             info = self.objects["configmaps", "kube-public", "cluster-info"]
             signatures = {}
             for key, body in list(self.objects.items()):
@@ -285,6 +286,15 @@ class Kubernetes:
                     name = f"jws-kubeconfig-{data['token-id']}"
                     signatures[name] = jws(data["token-id"], data["token-secret"], info["data"]["kubeconfig"])
             info["data"] = {"kubeconfig": info["data"]["kubeconfig"], **signatures}
+
+    def _clean_requests(self) -> None:
+        """A CSR is deleted an hour after it was decided."""
+        for key, body in list(self.objects.items()):
+            conditions = body.get("status", {}).get("conditions", [])
+            if key[0] == "certificatesigningrequests" and conditions:
+                decided = datetime.fromisoformat(conditions[0]["lastUpdateTime"].replace("Z", "+00:00"))
+                if self.now() > decided.timestamp() + 3600:
+                    del self.objects[key]
 
     def may(self, user: User, verb: str, target: Target) -> bool:
         if MASTERS in user.groups or target.resource == "selfsubjectreviews":
