@@ -71,6 +71,8 @@ def demo(folder: Path, aws: Aws, imds: Imds, cluster: StandinCluster) -> None:
         run(folder, here, "client", *where, "--kubeconfig", path)
     title("The tags afterwards:")
     show_tags(aws, nodes)
+    title("And how far is each?")
+    run(folder, environ, "status", *server[1:])
     written = folder / "node1" / "bootstrap-kubelet.conf"
     title("The kubeconfig of the first (mode %o):" % (written.stat().st_mode & 0o777))
     print(masked(re.sub(r"(data: .{24})\S+", r"\1...", written.read_text())), end="")
