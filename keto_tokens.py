@@ -37,6 +37,7 @@ import email.utils
 import enum
 import fcntl
 import hashlib
+import hmac
 import ipaddress
 import json
 import logging
@@ -126,6 +127,10 @@ class SetupError(KetoError):
 
 class Refused(SetupError):
     """The cluster does not know the credential (401)."""
+
+
+class Untrusted(SetupError):
+    """The server's certificate is not signed by the CA, or not for the name we called it by."""
 
 
 class Unreachable(SetupError):
@@ -644,18 +649,79 @@ def parse_csr(body: Mapping[str, Any]) -> Csr | None:
         return None
 
 
+def der_items(data: bytes) -> list[tuple[int, bytes, bytes]]:
+    """The elements of a DER content in order: (tag, content, whole).  Raises ValueError.
+
+    Enough of X.690 for certificates and their requests: tags of one byte, definite lengths.
+    """
+    items, at = [], 0
+    while at < len(data):
+        head, length = at + 2, int.from_bytes(data[at + 1 : at + 2], "big")
+        if length & 0x80:
+            head += length & 0x7F
+            length = int.from_bytes(data[at + 2 : head], "big")
+        if head + length > len(data) or head - at > 6:
+            raise ValueError("DER that ends early")
+        items.append((data[at], data[head : head + length], data[at : head + length]))
+        at = head + length
+    return items
+
+
+def der_path(data: bytes, *path: int) -> tuple[int, bytes, bytes]:
+    """The element that is reached by taking the n-th of each level.  Raises ValueError."""
+    item = (0, data, data)
+    for index in path:
+        items = der_items(item[1])
+        if index >= len(items):
+            raise ValueError("DER of another structure")
+        item = items[index]
+    return item
+
+
 def requested_node(request: str) -> str:
     """The node name in a CSR (base64 of PEM of PKCS#10): its subject's CN is `system:node:NAME`.
 
-    The CN is found by its object identifier 2.5.4.3; in a request nothing but the subject comes
-    before it, and the API server has checked the structure.  Raises ValueError when there is none.
+    RFC 2986: CertificationRequest > CertificationRequestInfo > (version, subject, ...).  Raises
+    ValueError when there is none.
     """
     pem = base64.b64decode(request).decode()
-    der = base64.b64decode("".join(pem.split("-----")[2].split()))
-    start = der.index(b"\x06\x03\x55\x04\x03") + 6  # behind it: the string's type and length
-    long_form = der[start] == 0x81
-    length, begin = (der[start + 1], start + 2) if long_form else (der[start], start + 1)
-    return der[begin : begin + length].decode().removeprefix("system:node:")
+    der = base64.b64decode("".join(pem.partition("REQUEST-----")[2].partition("-----")[0].split()))
+    for _, rdn, _ in der_items(der_path(der, 0, 0, 1)[1]):
+        (_, name, _), (_, value, _) = der_items(der_path(rdn, 0)[1])
+        if name == b"\x55\x04\x03":  # 2.5.4.3, commonName
+            return value.decode().removeprefix("system:node:")
+    raise ValueError("a subject without a CN")
+
+
+def certificates(pem: str) -> list[str]:
+    """The certificates in a PEM text, each as PEM."""
+    return re.findall(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\n?", pem, re.DOTALL)
+
+
+def public_key_hash(certificate: str) -> str:
+    """kubeadm's pin of a certificate (PEM): `sha256:` and the hex of SHA-256 over the DER of its
+    SubjectPublicKeyInfo.  Raises ValueError.
+
+    RFC 5280: Certificate > TBSCertificate > ([0] version), serial, signature, issuer, validity,
+    subject, subjectPublicKeyInfo.
+    """
+    der = ssl.PEM_cert_to_DER_cert(certificate)
+    version = der_path(der, 0, 0, 0)[0] == 0xA0
+    return "sha256:" + hashlib.sha256(der_path(der, 0, 0, 5 + version)[2]).hexdigest()
+
+
+def signature(token: Token, content: str) -> str:
+    """The JWS that the cluster's bootstrapsigner makes of cluster-info with a token, content detached.
+
+    Kubernetes' bootstrap token design; RFC 7515, HS256 with the unencoded id as `kid`.
+    """
+    header = _b64url(json.dumps({"alg": "HS256", "kid": token.id}, separators=(",", ":")).encode())
+    text = f"{header}.{_b64url(content.encode())}".encode()
+    return f"{header}..{_b64url(hmac.new(token.secret.encode(), text, hashlib.sha256).digest())}"
+
+
+def _b64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def latest_csr(secret: TokenSecret, csrs: Iterable[Csr]) -> Csr | None:
@@ -757,7 +823,7 @@ def transport_error(what: str, error: Exception) -> KetoError:
 
     text = re.sub(r"^HTTPS?Connection\w*\(.*?\): |\s*\(_ssl\.c:\d+\)", "", redact(str(error)))
     if isinstance(error, exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text:
-        return SetupError(f"{what}: the server's certificate is not trusted: {text}")
+        return Untrusted(f"{what}: the server's certificate is not trusted: {text}")
     if isinstance(error, exceptions.ReadTimeoutError):
         return CallFailed(f"{what}: no answer in time", again=True)
     nobody = (exceptions.ConnectTimeoutError, exceptions.NewConnectionError, exceptions.ProxyError)
@@ -1149,10 +1215,15 @@ class Cluster:
             headers["Authorization"] = f"Bearer {credential.token}"
         pool = self._pool_for(replace(credential, token=""))
         self._calls.add("kubernetes", method)
-        reply = send(
-            pool, what, method, self._base + path, headers=headers, body=content,
-            timeouts=TIMEOUTS, limit=limit,
-        )
+        try:
+            reply = send(
+                pool, what, method, self._base + path, headers=headers, body=content,
+                timeouts=TIMEOUTS, limit=limit,
+            )
+        except Untrusted as error:
+            if "mismatch" not in str(error):
+                raise
+            raise Untrusted(f"{error}; it is for {certificate_names(self.access)}") from None
         self._set_clock(reply.headers.get("Date"))
         if reply.status == 401 and isinstance(self.access.credential, ExecPlugin) and not refused:
             return self._send(what, method, path, content, limit, refused=True)
@@ -1417,6 +1488,9 @@ class Instance(Protocol):
     def read_tag(self) -> str | None:
         """The value of our tag, None when it is absent."""
 
+    def pause(self, interval: float) -> float:
+        """Seconds to the next look, when looks that cost something are `interval` apart."""
+
     def mark_consumed(self) -> None:
         """Set our tag to CONSUMED."""
 
@@ -1645,12 +1719,19 @@ def _number(environ: Mapping[str, str], name: str, default: float) -> float:
 
 
 class AwsInstance:
-    """This EC2 instance: who it is by its metadata service, its tag by the EC2 API."""
+    """This EC2 instance: who it is by its metadata service, its tag by that or by the EC2 API.
 
-    def __init__(self, tag_name: str, imds: Imds, calls: Calls):
-        self._tag_name, self._imds, self._calls = tag_name, imds, calls
+    The metadata service shows an instance its own tags and no other's, without any right, when it is
+    switched on for the instance (InstanceMetadataTags).  `source` is auto, imds or api.
+    """
+
+    def __init__(self, tag_name: str, source: str, imds: Imds, calls: Calls):
+        self._tag_name, self._source, self._imds, self._calls = tag_name, source, imds, calls
         self._id = ""
-        self._ec2: Any = None
+        self._ec2_client: Any = None
+        if source == "auto" and not imds_can_carry(tag_name):
+            log.info("tag %s is read by the EC2 API: its name is none for instance metadata", tag_name)
+            self._source = "api"
 
     def identify(self) -> str:
         """The instance id; raises SetupError when the metadata service gives none."""
@@ -1658,26 +1739,58 @@ class AwsInstance:
             node_id = self._imds.get("meta-data/instance-id") or ""
             if not re.fullmatch(r"i-[0-9a-f]{8,32}", node_id):
                 raise CallFailed("instance metadata: no instance id", again=True)
-            import boto3.session
-
-            region = aws_region_of(self._imds)
-            self._ec2 = aws_client(boto3.session.Session(), "ec2", region, self._calls)
             self._id = node_id
         return self._id
 
+    def pause(self, interval: float) -> float:
+        """Metadata costs no API call, so it is asked every second at least."""
+        return min(1.0, interval) if self._source == "imds" else interval
+
     def read_tag(self) -> str | None:
         """The tag's value; asks for this instance's alone."""
-        wanted = {"resource-id": self.identify(), "key": self._tag_name}
+        self.identify()
+        if self._source == "api":
+            return self._tag_by_api()
+        value = self._imds.get(f"meta-data/tags/instance/{urllib.parse.quote(self._tag_name)}")
+        if value or self._imds.get("meta-data/tags/instance") is not None:
+            self._source = "imds"
+            return value or None
+        enable = f"instance metadata tags are not enabled on {self._id} (InstanceMetadataTags=enabled)"
+        if self._source == "imds":
+            raise CallFailed(enable, again=True)
+        try:
+            return self._tag_by_api()
+        except (CallFailed, NoCredentials) as error:
+            raise CallFailed(f"{enable}, and the other way fails: {error}", again=True) from None
+
+    def _tag_by_api(self) -> str | None:
+        wanted = {"resource-id": self._id, "key": self._tag_name}
         filters = [{"Name": name, "Values": [value]} for name, value in wanted.items()]
         with aws_errors("ec2:DescribeTags", self._id):
-            for tag in self._ec2.describe_tags(Filters=filters)["Tags"]:
+            for tag in self._ec2().describe_tags(Filters=filters)["Tags"]:
                 if (tag["ResourceId"], tag["Key"]) == (self._id, self._tag_name):
                     return str(tag["Value"])
         return None
 
     def mark_consumed(self) -> None:
         """Overwrite the tag: that right, unlike deleting it, can be limited to the instance itself."""
-        aws_write_tag(self._ec2, self.identify(), self._tag_name, CONSUMED)
+        aws_write_tag(self._ec2(), self.identify(), self._tag_name, CONSUMED)
+
+    def _ec2(self) -> Any:
+        """The API's client, made when it is first needed: importing boto3 takes a while."""
+        if self._ec2_client is None:
+            import boto3.session
+
+            region = aws_region_of(self._imds)
+            self._ec2_client = aws_client(boto3.session.Session(), "ec2", region, self._calls)
+        return self._ec2_client
+
+
+def imds_can_carry(tag_name: str) -> bool:
+    """Whether instance metadata shows a tag of this name (EC2 user guide, "tags in IMDS")."""
+    return bool(re.fullmatch(r"[a-zA-Z0-9+\-=.,_:@]+", tag_name)) and tag_name not in (
+        ".", "..", "_index",
+    )
 
 
 def aws_region_of(imds: Imds) -> str:
@@ -1705,7 +1818,12 @@ def aws_instance(
     options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]
 ) -> Instance:
     """The client's side of AWS."""
-    return AwsInstance(options.tag_name, Imds(os.environ, sleep), calls)
+    if options.read_from == "imds" and not imds_can_carry(options.tag_name):
+        raise UsageError(
+            f"--read-from imds: {options.tag_name!r} is no name for a tag in instance metadata: "
+            "letters, digits and + - = . , _ : @"
+        )
+    return AwsInstance(options.tag_name, options.read_from, Imds(os.environ, sleep), calls)
 
 
 def aws_tag_name(text: str) -> str:
@@ -2236,6 +2354,112 @@ def run_status(options: argparse.Namespace, stop: Stop) -> int:
 
 
 # ---------------------------------------------------------------------------------------------
+# Discovery: which cluster is the right one, when no file says so.  No token is sent to a server that
+# is not verified.
+# ---------------------------------------------------------------------------------------------
+
+CLUSTER_INFO = "/api/v1/namespaces/kube-public/configmaps/cluster-info"
+
+
+def discover(
+    server: str, token: Token, pins: Sequence[str], sleep: Callable[[float], Any]
+) -> Access:
+    """Access to the cluster at `server`, verified by the CA that its cluster-info holds.
+
+    The CA is believed when its public key is pinned; without pins, when cluster-info is signed with
+    this very token.  Then the same must be read again over TLS that the CA verifies.  Raises
+    SetupError for what no time will mend, CallFailed for what may come right.
+    """
+    unverified = Access(server, "nobody", insecure=True)
+    data = cluster_info(Cluster(unverified, Calls(), sleep))
+    ca = cluster_info_ca(data["kubeconfig"])
+    if pins:
+        ca = pinned_ca(ca, pins)
+    else:
+        check_signature(data, token)
+    access = Access(server, "nobody", ca=ca)
+    again = cluster_info(Cluster(access, Calls(), sleep))
+    if again["kubeconfig"] != data["kubeconfig"]:
+        raise CallFailed("cluster-info was another when read again over verified TLS")
+    return access
+
+
+def cluster_info(cluster: Cluster) -> dict[str, str]:
+    """The data of the ConfigMap, which anybody may read where it is set up."""
+    instead = "so the cluster's CA cannot be found out; pass --ca-path"
+    try:
+        data = cluster.request("GET", CLUSTER_INFO).get("data")
+    except Refused:
+        raise SetupError(f"{cluster.access.server} answers nobody without a token, {instead}") from None
+    except CallFailed as error:
+        if error.status not in (403, 404):
+            raise
+        raise SetupError(f"{error}: {instead}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("kubeconfig"), str):
+        raise SetupError(f"cluster-info of {cluster.access.server} holds no kubeconfig, {instead}")
+    return data
+
+
+def cluster_info_ca(text: str) -> str:
+    """The CA certificates (PEM) in cluster-info's kubeconfig."""
+    import yaml
+
+    try:
+        if len(text) > 1 << 18:
+            raise ValueError
+        cluster = yaml.safe_load(text)["clusters"][0]["cluster"]
+        ca = _decode(cluster["certificate-authority-data"])
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError):
+        raise SetupError("the kubeconfig in cluster-info holds no CA; pass --ca-path") from None
+    return checked_ca(ca, "the kubeconfig in cluster-info")
+
+
+def pinned_ca(ca: str, pins: Sequence[str]) -> str:
+    """The certificates whose public key is pinned, and no other: who answers may have added any."""
+    hashes = {public_key_hash(certificate): certificate for certificate in certificates(ca)}
+    found = [text for value, text in hashes.items() if any(same(value, pin) for pin in pins)]
+    if not found:
+        raise SetupError(
+            f"the CA in cluster-info has {', '.join(hashes)}, which is not --ca-cert-hash: "
+            "this is not the cluster that was meant, or its CA has changed"
+        )
+    return "".join(found)
+
+
+def check_signature(data: Mapping[str, str], token: Token) -> None:
+    """Raise unless cluster-info is signed with the token.  A new one is signed after some seconds."""
+    found = data.get(f"jws-kubeconfig-{token.id}")
+    if not isinstance(found, str):
+        raise CallFailed(f"cluster-info is not signed with token id {token.id} yet")
+    if not same(found, signature(token, data["kubeconfig"])):
+        raise CallFailed(
+            f"cluster-info's signature is not made with token id {token.id}: it is being replaced, "
+            "or this is not the cluster that the token is for"
+        )
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two texts are equal, found out in constant time."""
+    return hmac.compare_digest(one.encode(), other.encode())
+
+
+def certificate_names(access: Access) -> str:
+    """The names in the certificate of a server whose CA is right, for a message."""
+    context = tls_context(access, Credential())
+    context.check_hostname = False
+    url = urllib.parse.urlsplit(access.server)
+    try:
+        address = url.hostname or "", url.port or 443
+        with socket.create_connection(address, TIMEOUTS[0]) as plain:
+            with context.wrap_socket(plain, server_hostname=url.hostname) as connection:
+                certificate = connection.getpeercert() or {}
+    except (OSError, ValueError):
+        return "unknown names"
+    pairs: Any = certificate.get("subjectAltName", ())
+    return ", ".join(str(value) for _, value in pairs) or "no names"
+
+
+# ---------------------------------------------------------------------------------------------
 # Client: identify, wait, verify, write, mark.  Run again at any point it goes on from what it finds.
 # ---------------------------------------------------------------------------------------------
 
@@ -2244,10 +2468,10 @@ class Client:
     """Waits for this instance's token and turns it into a kubeconfig at `path`."""
 
     def __init__(
-        self, instance: Instance, access: Access, path: Path, *, tag_name: str, interval: float,
-        timeout: float, stop: Stop,
+        self, instance: Instance, trust: Callable[[Token], Access], path: Path, *, tag_name: str,
+        interval: float, timeout: float, stop: Stop,
     ):
-        self._instance, self._access, self._path, self._stop = instance, access, path, stop
+        self._instance, self._trust, self._path, self._stop = instance, trust, path, stop
         self._tag_name, self._interval, self._timeout = tag_name, interval, timeout
         self._deadline = time.monotonic() + timeout if timeout else float("inf")
         self._told = ""
@@ -2281,10 +2505,11 @@ class Client:
         token = parse_token(value)
         if token is None:
             return f"{where} holds no token" if value else f"{where} is not there yet"
-        refusal = self._refusal(token)
+        access = self._trust(token)
+        refusal = self._refusal(access, token)
         if refusal:
             return f"{where}: {refusal}"
-        self._consume(token, node_id)
+        self._consume(access, token, node_id)
         return ""
 
     def _already(self, where: str) -> None:
@@ -2292,14 +2517,14 @@ class Client:
         if not self._path.exists():
             log.warning("%s is not there; to get a new token, delete the tag", self._path)
 
-    def _refusal(self, token: Token) -> str:
+    def _refusal(self, access: Access, token: Token) -> str:
         """Why the cluster does not take the token, "" when it does.
 
         The API server says who it takes us for since 1.28.  An older one answers 404: there, any
         request tells, as a token that is not live gets 401 before all else.
         """
-        access = replace(self._access, credential=static_token(token.value))
-        cluster = Cluster(access, Calls(), self._stop.wait)
+        bearer = replace(access, credential=static_token(token.value))
+        cluster = Cluster(bearer, Calls(), self._stop.wait)
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
         path = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
         try:
@@ -2324,8 +2549,8 @@ class Client:
                 raise
         return ""
 
-    def _consume(self, token: Token, node_id: str) -> None:
-        text = bootstrap_kubeconfig(self._access, token)
+    def _consume(self, access: Access, token: Token, node_id: str) -> None:
+        text = bootstrap_kubeconfig(access, token)
         try:
             changed = write_whole(self._path, text)
         except OSError as error:
@@ -2360,7 +2585,8 @@ class Client:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimedOut(f"no token after {format_duration(self._timeout)}: {why}")
-        self._stop.wait(min(left, self._interval * random.uniform(0.75, 1.25)))
+        pause = self._instance.pause(self._interval) * random.uniform(0.75, 1.25)
+        self._stop.wait(min(left, pause))
         if self._stop.signum:
             raise Interrupted(self._stop.signum)
 
@@ -2441,13 +2667,13 @@ def sync_folder(folder: Path) -> None:
 
 def run_client(options: argparse.Namespace, stop: Stop) -> int:
     """The client command; the exit code."""
-    if options.ca_path and options.insecure_skip_tls_verify:
-        raise UsageError("--ca-path and --insecure-skip-tls-verify contradict each other")
-    if not options.ca_path and not options.insecure_skip_tls_verify:
-        raise UsageError(
-            "how is the cluster to be known? Pass --ca-path with its CA certificate "
-            "(or --insecure-skip-tls-verify to trust whoever answers)"
-        )
+    ways = {
+        "--ca-path": options.ca_path, "--ca-cert-hash": options.ca_cert_hash,
+        "--insecure-skip-tls-verify": options.insecure_skip_tls_verify,
+    }
+    given = [name for name, value in ways.items() if value]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} contradict each other: pass one")
     access = Access(options.master, "the tag", insecure=options.insecure_skip_tls_verify)
     checked_server(options.master, access, options)
     path = Path(options.kubeconfig).absolute()
@@ -2455,9 +2681,16 @@ def run_client(options: argparse.Namespace, stop: Stop) -> int:
         raise UsageError(f"--kubeconfig: {path} is a folder")
     if options.ca_path:
         access = replace(access, ca=read_ca(options.ca_path))
+    known = bool(options.ca_path) or warned(access).insecure
+
+    def trust(token: Token) -> Access:
+        if known:
+            return access
+        return discover(options.master, token, options.ca_cert_hash, stop.wait)
+
     client = Client(
         CLOUDS[options.cloud].instance(options, Calls(), stop.wait),
-        warned(access),
+        trust,
         path,
         tag_name=options.tag_name,
         interval=options.interval,
@@ -2528,9 +2761,11 @@ def parse_filter(text: str) -> tuple[str, str]:
     return key, value
 
 
-def parse_filters(text: str) -> list[tuple[str, str]]:
-    """`key=value,key=value` of NODE_FILTER."""
-    return [parse_filter(part.strip()) for part in text.split(",") if part.strip()]
+def parse_pin(text: str) -> str:
+    """A pin of a public key, as kubeadm prints it."""
+    if not re.fullmatch(r"sha256:[0-9a-fA-F]{64}", text):
+        raise ValueError(f"{text!r} is not sha256: and 64 hex digits")
+    return text.lower()
 
 
 def parse_url(text: str) -> str:
@@ -2573,6 +2808,13 @@ def parse_output(text: str) -> str:
     """A format of status."""
     if text not in ("json", "wide"):
         raise ValueError(f"{text!r} is neither json nor wide")
+    return text
+
+
+def parse_source(text: str) -> str:
+    """Where the client reads its tag."""
+    if text not in ("auto", "imds", "api"):
+        raise ValueError(f"{text!r} is none of auto, imds, api")
     return text
 
 
@@ -2635,7 +2877,9 @@ class Flag:
         for name in self.env:
             if environ.get(name):
                 try:
-                    return parse_filters(environ[name]) if self.repeat else self.parse(environ[name])
+                    if not self.repeat:
+                        return self.parse(environ[name])
+                    return [self.parse(part.strip()) for part in environ[name].split(",")]
                 except ValueError as error:
                     raise UsageError(f"environment variable {name}: {error}") from None
         if self.repeat:
@@ -2697,11 +2941,16 @@ STATUS_FLAGS = [
 CLIENT_FLAGS = [
     Flag("master", "URL of the Kubernetes API", ("KUBE_SERVICE_URL",), parse_url,
          "https://127.0.0.1:6443", "URL"),
-    Flag("ca-path", "file with the cluster's CA", ("CA_PATH",), metavar="FILE"),
+    Flag("ca-path", "file with the cluster's CA; else it is found by cluster-info", ("CA_PATH",),
+         metavar="FILE"),
+    Flag("ca-cert-hash", "the CA in cluster-info must have this public key; else cluster-info must "
+         "be signed with the token", ("CA_CERT_HASH",), parse_pin, metavar="sha256:HEX", repeat=True),
     _INSECURE,
     Flag("kubeconfig", "bootstrap kubeconfig to write", ("KUBECONFIG",), str,
          "kubeconfig-bootstrap", "FILE"),
     _TAG,
+    Flag("read-from", "where to read the tag: imds (instance metadata, no right needed), api, or auto",
+         ("READ_FROM",), parse_source, "auto", "SOURCE"),
     Flag("interval", "time from look to look", ("INTERVAL",), positive_duration, "5s", "DURATION"),
     Flag("timeout", "give up after this time; 0 waits for ever", ("TIMEOUT",), parse_duration,
          "0", "DURATION"),

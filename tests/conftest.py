@@ -176,6 +176,10 @@ class World:
         assert len(found) <= 1, "two Secrets for one node"
         return found[0] if found else None
 
+    def secret_name(self, node: str) -> str:
+        """The name of a node's Secret."""
+        return f"bootstrap-token-{self.token_of(node)[:6]}"
+
     def token_of(self, node: str) -> str:
         """The token in a node's Secret."""
         body = self.secret_of(node)

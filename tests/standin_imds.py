@@ -10,6 +10,8 @@ import json
 import re
 import secrets
 import threading
+import urllib.parse
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -22,6 +24,7 @@ class Imds:
         self.sessions: set[str] = set()
         self.asked: list[str] = []
         self.faults: list[int] = []  # statuses to answer with first
+        self.tags: Callable[[str], dict[str, str]] | None = None  # where tags are enabled, by id
 
     def __enter__(self) -> Imds:
         self._server = _Server(("127.0.0.1", 0), self)
@@ -39,12 +42,20 @@ class Imds:
 
     def text(self, instance_id: str, path: str) -> str | None:
         """What is at a path for an instance."""
+        if path.rstrip("/").startswith("meta-data/tags/instance"):
+            return self._tag(instance_id, path.rstrip("/"))
         document = {"instanceId": instance_id, "region": self.region, "accountId": self.account}
         return {
             "meta-data/instance-id": instance_id,
             "meta-data/placement/region": self.region,
             "dynamic/instance-identity/document": json.dumps(document),
         }.get(path)
+
+    def _tag(self, instance_id: str, path: str) -> str | None:
+        """The names of the tags, or the value of one; nothing where tags are not enabled."""
+        found = self.tags(instance_id) if self.tags else {}
+        name = urllib.parse.unquote(path.removeprefix("meta-data/tags/instance").lstrip("/"))
+        return found.get(name) if name else "\n".join(sorted(found)) or None
 
 
 class _Server(ThreadingHTTPServer):
