@@ -13,7 +13,7 @@ again by looking.  Nothing is remembered from one pass to the next.
 
 Exit codes:
   0  done; the server was told to stop; the tag says that the token was consumed already
-  1  status: a node is stuck
+  1  status: a node is stuck; check: something fails
   2  a flag, an environment variable or a command is wrong; nothing was touched
   3  cannot work as set up: a file, a credential, the cluster or the cloud is missing or refused
   4  server --once: a part of the pass failed; the next pass finishes it
@@ -36,6 +36,7 @@ import contextlib
 import email.utils
 import enum
 import fcntl
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -59,7 +60,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 __version__ = "0.1.0"
 
@@ -163,6 +164,10 @@ class PassFailed(KetoError):
     """A pass in which an action failed."""
 
     exit_code = 4
+
+
+class Doubt(KetoError):
+    """A finding of check that is no failure."""
 
 
 class TimedOut(KetoError):
@@ -1478,6 +1483,9 @@ class Pools(Protocol):
     def write_tag(self, node_id: str, value: str) -> None:
         """Set our tag of one instance."""
 
+    def checks(self, filters: Mapping[str, str]) -> Iterable[tuple[str, Callable[[], str]]]:
+        """What has to be right for that, each a subject and a call: see `Preflight.step`."""
+
 
 class Instance(Protocol):
     """The client's side of a cloud: the instance that it runs on."""
@@ -1493,6 +1501,9 @@ class Instance(Protocol):
 
     def mark_consumed(self) -> None:
         """Set our tag to CONSUMED."""
+
+    def checks(self) -> Iterable[tuple[str, Callable[[], str]]]:
+        """What has to be right for that, each a subject and a call: see `Preflight.step`."""
 
 
 class RateLimit:
@@ -1594,9 +1605,9 @@ class AwsPools:
         import boto3.session
 
         self.scope, self._tag_name = region, tag_name
-        session = boto3.session.Session()
-        self._groups = aws_client(session, "autoscaling", region, calls)
-        self._ec2 = aws_client(session, "ec2", region, calls)
+        self._session = boto3.session.Session()
+        self._groups = aws_client(self._session, "autoscaling", region, calls)
+        self._ec2 = aws_client(self._session, "ec2", region, calls)
         self._limit = RateLimit(TAGS_PER_SECOND, TAGS_BURST, sleep)
 
     def list_nodes(self, filters: Mapping[str, str]) -> Listing:
@@ -1630,11 +1641,61 @@ class AwsPools:
         self._limit.wait()
         aws_write_tag(self._ec2, node_id, self._tag_name, value)
 
+    def checks(self, filters: Mapping[str, str]) -> Iterable[tuple[str, Callable[[], str]]]:
+        """Credentials, and the three permissions of the server's policy."""
+        members: list[Node] = []
+
+        def list_members() -> str:
+            members.extend(self._members(filters))
+            if not members:
+                raise Doubt("allowed, but no instance is in any group that matches the filters")
+            return f"{len(members)} instances in {len({node.pool for node in members})} groups match"
+
+        yield "AWS region", lambda: self.scope
+        yield "AWS credentials", lambda: aws_credentials(self._session)
+        yield "autoscaling:DescribeAutoScalingGroups", list_members
+        yield "ec2:DescribeTags", lambda: aws_may_read(self._ec2)
+        if members:
+            yield "ec2:CreateTags", lambda: aws_may_tag(
+                self._ec2, members[0].id, self._tag_name, "abcdef.check")
+
 
 def aws_write_tag(ec2: Any, node_id: str, tag_name: str, value: str) -> None:
     """Set one tag of one instance."""
     with aws_errors("ec2:CreateTags", node_id):
         ec2.create_tags(Resources=[node_id], Tags=[{"Key": tag_name, "Value": value}])
+
+
+def aws_credentials(session: Any) -> str:
+    """Where the credentials come from."""
+    with aws_errors("finding credentials"):
+        found = session.get_credentials()
+    if found is None:
+        raise NoCredentials("none: give the instance a role, or set AWS_PROFILE")
+    return f"found by {found.method}"
+
+
+def aws_may_read(ec2: Any) -> str:
+    """Ask EC2 whether tags may be described."""
+    return aws_dry_run("ec2:DescribeTags", lambda: ec2.describe_tags(DryRun=True))
+
+
+def aws_may_tag(ec2: Any, node_id: str, tag_name: str, value: str) -> str:
+    """Ask EC2 whether the tag of an instance may be set to this value."""
+    tags = [{"Key": tag_name, "Value": value}]
+    call = functools.partial(ec2.create_tags, Resources=[node_id], Tags=tags, DryRun=True)
+    return aws_dry_run("ec2:CreateTags", call)
+
+
+def aws_dry_run(action: str, call: Callable[[], Any]) -> str:
+    """Make a call with DryRun, which EC2 answers with the error DryRunOperation where it is allowed."""
+    try:
+        with aws_errors(action):
+            call()
+    except CallFailed as error:
+        if "DryRunOperation" not in str(error):
+            raise
+    return "allowed"
 
 
 def aws_node(member: Mapping[str, Any], pool: str) -> Node:
@@ -1779,11 +1840,35 @@ class AwsInstance:
     def _ec2(self) -> Any:
         """The API's client, made when it is first needed: importing boto3 takes a while."""
         if self._ec2_client is None:
-            import boto3.session
-
             region = aws_region_of(self._imds)
-            self._ec2_client = aws_client(boto3.session.Session(), "ec2", region, self._calls)
+            self._ec2_client = aws_client(self._session(), "ec2", region, self._calls)
         return self._ec2_client
+
+    def _session(self) -> Any:
+        import boto3.session
+
+        return boto3.session.Session()
+
+    def checks(self) -> Iterable[tuple[str, Callable[[], str]]]:
+        """The metadata service, and the permissions that are needed beside it."""
+        enabled: list[bool] = []
+
+        def metadata_tags() -> str:
+            if self._imds.get("meta-data/tags/instance") is None:
+                words = "not enabled (InstanceMetadataTags=enabled); the tag is read by the EC2 API"
+                raise SetupError(words) if self._source == "imds" else Doubt(words)
+            enabled.append(True)
+            return "enabled: the tag is read without any right"
+
+        yield "instance metadata", lambda: f"this is {self.identify()} in {aws_region_of(self._imds)}"
+        if not self._id:
+            return
+        if self._source != "api":
+            yield "instance metadata tags", metadata_tags
+        yield "AWS credentials", lambda: aws_credentials(self._session())
+        if not enabled:
+            yield "ec2:DescribeTags", lambda: aws_may_read(self._ec2())
+        yield "ec2:CreateTags", lambda: aws_may_tag(self._ec2(), self._id, self._tag_name, CONSUMED)
 
 
 def imds_can_carry(tag_name: str) -> bool:
@@ -2506,7 +2591,7 @@ class Client:
         if token is None:
             return f"{where} holds no token" if value else f"{where} is not there yet"
         access = self._trust(token)
-        refusal = self._refusal(access, token)
+        refusal = token_refusal(access, token, self._stop.wait)
         if refusal:
             return f"{where}: {refusal}"
         self._consume(access, token, node_id)
@@ -2516,38 +2601,6 @@ class Client:
         log.info("%s says that its token was consumed already: nothing to do", where)
         if not self._path.exists():
             log.warning("%s is not there; to get a new token, delete the tag", self._path)
-
-    def _refusal(self, access: Access, token: Token) -> str:
-        """Why the cluster does not take the token, "" when it does.
-
-        The API server says who it takes us for since 1.28.  An older one answers 404: there, any
-        request tells, as a token that is not live gets 401 before all else.
-        """
-        bearer = replace(access, credential=static_token(token.value))
-        cluster = Cluster(bearer, Calls(), self._stop.wait)
-        review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
-        path = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
-        try:
-            answer = cluster.request("POST", path, review)
-            user = answer.get("status", {}).get("userInfo", {}).get("username")
-        except Refused:
-            return f"the cluster does not accept token id {token.id}: expired, or not this cluster's"
-        except CallFailed as error:
-            if error.status not in (403, 404):
-                raise
-            return self._refusal_by_version(cluster, token)
-        taken = user == f"system:bootstrap:{token.id}"
-        return "" if taken else f"the cluster takes token id {token.id} for {str(user)[:80]!r}"
-
-    def _refusal_by_version(self, cluster: Cluster, token: Token) -> str:
-        try:
-            cluster.request("GET", "/version")
-        except Refused:
-            return f"the cluster does not accept token id {token.id}"
-        except CallFailed as error:
-            if error.status != 403:
-                raise
-        return ""
 
     def _consume(self, access: Access, token: Token, node_id: str) -> None:
         text = bootstrap_kubeconfig(access, token)
@@ -2589,6 +2642,39 @@ class Client:
         self._stop.wait(min(left, pause))
         if self._stop.signum:
             raise Interrupted(self._stop.signum)
+
+
+def token_refusal(access: Access, token: Token, sleep: Callable[[float], Any]) -> str:
+    """Why the cluster does not take the token, "" when it does.
+
+    The API server says who it takes us for since 1.28.  An older one answers 404: there, any
+    request tells, as a token that is not live gets 401 before all else.
+    """
+    cluster = Cluster(replace(access, credential=static_token(token.value)), Calls(), sleep)
+    review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
+    path = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
+    try:
+        try:
+            status = cluster.request("POST", path, review).get("status")
+        except CallFailed as error:
+            if error.status not in (403, 404):
+                raise
+            return authenticated(cluster)
+    except Refused:
+        return f"the cluster does not accept token id {token.id}: expired, or not this cluster's"
+    user = ((status or {}).get("userInfo") or {}).get("username")
+    taken = user == f"system:bootstrap:{token.id}"
+    return "" if taken else f"the cluster takes token id {token.id} for {str(user)[:80]!r}"
+
+
+def authenticated(cluster: Cluster) -> str:
+    """"" when the cluster knows the credential, whatever it allows; else raises Refused."""
+    try:
+        cluster.request("GET", "/version")
+    except CallFailed as error:
+        if error.status != 403:
+            raise
+    return ""
 
 
 def bootstrap_kubeconfig(access: Access, token: Token) -> str:
@@ -2665,8 +2751,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def run_client(options: argparse.Namespace, stop: Stop) -> int:
-    """The client command; the exit code."""
+def client_path(options: argparse.Namespace) -> Path:
+    """Where the kubeconfig is to be written."""
+    path = Path(options.kubeconfig).absolute()
+    if path.is_dir():
+        raise UsageError(f"--kubeconfig: {path} is a folder")
+    return path
+
+
+def client_trust(options: argparse.Namespace, stop: Stop) -> Callable[[Token], Access]:
+    """How the client comes to the access that it writes: by a file, or by cluster-info."""
     ways = {
         "--ca-path": options.ca_path, "--ca-cert-hash": options.ca_cert_hash,
         "--insecure-skip-tls-verify": options.insecure_skip_tls_verify,
@@ -2676,18 +2770,16 @@ def run_client(options: argparse.Namespace, stop: Stop) -> int:
         raise UsageError(f"{' and '.join(given)} contradict each other: pass one")
     access = Access(options.master, "the tag", insecure=options.insecure_skip_tls_verify)
     checked_server(options.master, access, options)
-    path = Path(options.kubeconfig).absolute()
-    if path.is_dir():
-        raise UsageError(f"--kubeconfig: {path} is a folder")
     if options.ca_path:
         access = replace(access, ca=read_ca(options.ca_path))
-    known = bool(options.ca_path) or warned(access).insecure
+    if options.ca_path or warned(access).insecure:
+        return lambda token: access
+    return lambda token: discover(options.master, token, options.ca_cert_hash, stop.wait)
 
-    def trust(token: Token) -> Access:
-        if known:
-            return access
-        return discover(options.master, token, options.ca_cert_hash, stop.wait)
 
+def run_client(options: argparse.Namespace, stop: Stop) -> int:
+    """The client command; the exit code."""
+    path, trust = client_path(options), client_trust(options, stop)
     client = Client(
         CLOUDS[options.cloud].instance(options, Calls(), stop.wait),
         trust,
@@ -2699,6 +2791,204 @@ def run_client(options: argparse.Namespace, stop: Stop) -> int:
     )
     client.run()
     return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Check: would server or client work here?  Nothing is changed.
+# ---------------------------------------------------------------------------------------------
+
+Found = TypeVar("Found")
+
+
+class Preflight:
+    """Findings, a line for each step: ok, warn or FAIL."""
+
+    def __init__(self) -> None:
+        self.findings: list[dict[str, str]] = []
+
+    def step(self, subject: str, call: Callable[[], str]) -> bool:
+        """Note what `call` says of a subject: it returns, raises Doubt, or another KetoError."""
+        try:
+            level, text = "ok", call()
+        except KetoError as error:
+            level, text = "warn" if isinstance(error, Doubt) else "FAIL", redact(str(error))
+        self.findings.append({"level": level, "subject": subject, "text": text})
+        return level != "FAIL"
+
+    def find(self, subject: str, call: Callable[[], tuple[Found, str]]) -> Found | None:
+        """Like `step`, for a call that also returns what later steps need; None when it failed."""
+        result: list[Found] = []
+
+        def text() -> str:
+            found, words = call()
+            result.append(found)
+            return words
+
+        self.step(subject, text)
+        return result[0] if result else None
+
+    def cluster(self, cluster: Cluster) -> bool:
+        """That it answers, how it is known to be the right one, and its clock."""
+
+        def version() -> str:
+            answer = cluster.request("GET", "/version", attempts=1)
+            text = f"{cluster.access.server} answers, version {answer.get('gitVersion', 'unknown')}"
+            if cluster.access.insecure:
+                raise Doubt(f"{text}; its certificate is NOT verified")
+            by = "the CA that was given" if cluster.access.ca else "the system's CAs"
+            return f"{text}; its certificate is verified by {by}"
+
+        def clock() -> str:
+            skew = cluster.skew()
+            text = f"{format_duration(abs(skew))} {'ahead of' if skew > 0 else 'behind'} the cluster's"
+            if abs(skew) > SKEW:
+                raise Doubt(f"{text}; is NTP running?")
+            return "agrees with the cluster's"
+
+        return self.step("cluster", version) and self.step("clock", clock)
+
+    def rights(self, cluster: Cluster, namespace: str, leases: bool) -> None:
+        """What the RBAC of README grants."""
+        secrets_, csrs = ("", "secrets", namespace), ("certificates.k8s.io", "certificatesigningrequests", "")
+        wanted = [(verb, *secrets_, False) for verb in ("list", "get", "create", "update", "delete")]
+        wanted += [("list", *csrs, True), ("get", "", "nodes", "", True)]
+        if leases:
+            lease = "coordination.k8s.io", "leases", namespace
+            wanted += [(verb, *lease, False) for verb in ("get", "create", "update")]
+        for verb, group, resource, where, optional in wanted:
+            call = functools.partial(may, cluster, verb, group, resource, where, optional)
+            if not self.step(f"{verb} {resource}", call):
+                self.findings[-1]["text"] += " (README, RBAC)"
+
+
+def may(cluster: Cluster, verb: str, group: str, resource: str, where: str, optional: bool) -> str:
+    """Ask the cluster whether we may."""
+    wish = {"verb": verb, "group": group, "resource": resource, "namespace": where}
+    body = {
+        "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": {key: value for key, value in wish.items() if value}},
+    }
+    path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+    answer = cluster.request("POST", path, body, attempts=1)
+    if answer.get("status", {}).get("allowed") is True:
+        return "allowed"
+    if optional:
+        raise Doubt("not allowed, so joins cannot be seen, and tokens are left to expire")
+    raise SetupError("not allowed")
+
+
+def namespace_finding(namespace: str) -> str:
+    """Whether the API server looks for tokens there."""
+    if namespace != READ_NAMESPACE:
+        raise SetupError(f"{namespace}: the API server reads tokens from {READ_NAMESPACE} alone")
+    return f"{namespace}, where the API server reads them"
+
+
+def info_finding(access: Access, token: Token | None, sleep: Callable[[float], Any]) -> str:
+    """Whether clients without a CA file can find the cluster."""
+    try:
+        data = cluster_info(Cluster(replace(access, credential=Access.credential), Calls(), sleep))
+        cluster_info_ca(data["kubeconfig"])
+        if token:
+            check_signature(data, token)
+    except (SetupError, CallFailed) as error:
+        raise Doubt(f"{error}; clients need --ca-path") from None
+    signed = any(key.startswith("jws-kubeconfig-") for key in data)
+    if not signed:
+        raise Doubt("present, not signed: no token is live, or the bootstrapsigner does not run")
+    return "present and signed" + (" with our token" if token else "")
+
+
+def live_finding(access: Access, token: Token, sleep: Callable[[float], Any]) -> str:
+    """Whether bootstrap authentication works, by a token that should be live."""
+    refusal = token_refusal(access, token, sleep)
+    if refusal:
+        raise SetupError(f"{refusal}; does the API server run with --enable-bootstrap-token-auth?")
+    return f"works: the cluster takes token id {token.id}"
+
+
+def check_server(look: Preflight, options: argparse.Namespace, stop: Stop) -> None:
+    """All that the server needs."""
+    access = look.find("access", lambda: _with_origin(cluster_access(options, os.environ)))
+    cluster = Cluster(access, Calls(), stop.wait) if access else None
+    look.step("token namespace", lambda: namespace_finding(options.token_namespace))
+    pools = look.find("cloud", lambda: (
+        CLOUDS[options.cloud].pools(options, Calls(), stop.wait), options.cloud))
+    if access and cluster and look.cluster(cluster):
+        look.rights(cluster, options.token_namespace, options.leader_elect)
+        live = _live_token(cluster, options, pools.scope) if pools else None
+        look.step("cluster-info", lambda: info_finding(access, live, stop.wait))
+        if live:
+            look.step("bootstrap tokens", lambda: live_finding(access, live, stop.wait))
+    for subject, call in pools.checks(options.filter) if pools else ():
+        look.step(subject, call)
+
+
+def _with_origin(access: Access) -> tuple[Access, str]:
+    return access, f"{access.server} by {access.origin}"
+
+
+def _live_token(cluster: Cluster, options: argparse.Namespace, scope: str) -> Token | None:
+    """A token of ours to try, if there is one: making one would change something."""
+    owner = owner_hash(options.cloud, scope, options.tag_name, options.filter)
+    store = TokenStore(
+        cluster, owner, namespace=options.token_namespace, groups="", ttl=options.token_ttl
+    )
+    with contextlib.suppress(KetoError):
+        return next((each.token for each in store.list() if each.live(cluster.now())), None)
+    return None
+
+
+def check_client(look: Preflight, options: argparse.Namespace, stop: Stop) -> None:
+    """All that the client needs."""
+    path, trust = client_path(options), client_trust(options, stop)
+    look.step("kubeconfig", lambda: path_finding(path))
+    instance = CLOUDS[options.cloud].instance(options, Calls(), stop.wait)
+    for subject, call in instance.checks():
+        look.step(subject, call)
+    token = look.find("tag", lambda: tag_finding(instance, options.tag_name))
+    known = options.ca_path or options.insecure_skip_tls_verify
+    if not token and not known:
+        unverified = Access(options.master, "nobody", insecure=True)
+        look.step("cluster-info", lambda: info_finding(unverified, None, stop.wait))
+        return
+    some = token or Token("", "")
+    access = look.find("trust", lambda: (trust(some), "by a file, or not at all" if known else
+                                         "by cluster-info, and the same over verified TLS"))
+    if access and look.cluster(Cluster(access, Calls(), stop.wait)) and token:
+        look.step("bootstrap token", lambda: live_finding(access, token, stop.wait))
+
+
+def path_finding(path: Path) -> str:
+    """Whether the kubeconfig can be written; the nearest folder that is there decides."""
+    folder = next(folder for folder in path.parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise SetupError(f"{path} cannot be written: {folder} is no folder that we may write in")
+    return f"{path} {'is there' if path.exists() else 'can be written'}"
+
+
+def tag_finding(instance: Instance, tag_name: str) -> tuple[Token | None, str]:
+    """What the tag says; the token that waits in it."""
+    value = instance.read_tag()
+    token = parse_token(value)
+    if token:
+        return token, f"{tag_name} holds token id {token.id}"
+    if value == CONSUMED:
+        return None, f"{tag_name} says that the token was consumed"
+    state = "holds no token" if value else "is not there"
+    raise Doubt(f"{tag_name} {state}: does the server run, with filters that match this node's group?")
+
+
+def run_check(options: argparse.Namespace, stop: Stop) -> int:
+    """The check commands; 1 when something fails."""
+    look = Preflight()
+    check_server(look, options, stop) if options.role == "server" else check_client(look, options, stop)
+    if options.output == "json":
+        print(json.dumps(look.findings, indent=2))
+    width = max(len(finding["subject"]) for finding in look.findings)
+    for finding in look.findings if options.output != "json" else ():
+        print(f"{finding['level']:<5} {finding['subject']:<{width}}  {finding['text']}")
+    return int(any(finding["level"] == "FAIL" for finding in look.findings))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2804,25 +3094,15 @@ def parse_bool(text: str) -> bool:
     raise ValueError(f"{text!r} is neither true nor false")
 
 
-def parse_output(text: str) -> str:
-    """A format of status."""
-    if text not in ("json", "wide"):
-        raise ValueError(f"{text!r} is neither json nor wide")
-    return text
+def one_of(*words: str) -> Callable[[str], str]:
+    """A parser that takes just these words."""
 
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is not {' or '.join(words)}")
+        return text
 
-def parse_source(text: str) -> str:
-    """Where the client reads its tag."""
-    if text not in ("auto", "imds", "api"):
-        raise ValueError(f"{text!r} is none of auto, imds, api")
-    return text
-
-
-def parse_cloud(text: str) -> str:
-    """The name of a cloud that there is."""
-    if text not in CLOUDS:
-        raise ValueError(f"{text!r} is not supported; there is {', '.join(CLOUDS)}")
-    return text
+    return parse
 
 
 @dataclass(frozen=True)
@@ -2888,7 +3168,7 @@ class Flag:
 
 
 GLOBAL_FLAGS = [
-    Flag("cloud", "cloud of the nodes: aws", ("CLOUD_PROVIDER",), parse_cloud, "aws", "NAME", "-c"),
+    Flag("cloud", "cloud of the nodes: aws", ("CLOUD_PROVIDER",), one_of(*CLOUDS), "aws", "NAME", "-c"),
     Flag("verbose", "log each decision, not only changes", ("VERBOSE",), parse_bool),
 ]
 _TAG = Flag("tag-name", "tag that carries the token", ("TAG_NAME",), str, "KubeletToken", "NAME")
@@ -2932,8 +3212,8 @@ SERVER_FLAGS = [
 STATUS_FLAGS = [
     *VIEW_FLAGS,
     Flag("node", "only this instance", metavar="ID"),
-    Flag("output", "json, or wide: every reason, and the Secrets", parse=parse_output,
-         metavar="FORMAT", short="-o"),
+    Flag("output", "json, or wide: every reason, and the Secrets",
+         parse=one_of("json", "wide"), metavar="FORMAT", short="-o"),
     Flag("watch", "again and again, until stopped", parse=parse_bool),
     Flag("interval", "time from look to look", ("INTERVAL",), positive_duration, "10s", "DURATION"),
 ]
@@ -2950,7 +3230,7 @@ CLIENT_FLAGS = [
          "kubeconfig-bootstrap", "FILE"),
     _TAG,
     Flag("read-from", "where to read the tag: imds (instance metadata, no right needed), api, or auto",
-         ("READ_FROM",), parse_source, "auto", "SOURCE"),
+         ("READ_FROM",), one_of("auto", "imds", "api"), "auto", "SOURCE"),
     Flag("interval", "time from look to look", ("INTERVAL",), positive_duration, "5s", "DURATION"),
     Flag("timeout", "give up after this time; 0 waits for ever", ("TIMEOUT",), parse_duration,
          "0", "DURATION"),
@@ -2959,12 +3239,13 @@ CLIENT_FLAGS = [
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the program."""
+    """A command of the program.  `role` is that of a check."""
 
     run: Callable[[argparse.Namespace, Stop], int]
     flags: list[Flag]
     help: str
     example: str
+    role: str = ""
 
 
 COMMANDS = {
@@ -2981,6 +3262,15 @@ COMMANDS = {
         "keto-tokens client --master https://api:6443 --ca-path /etc/kubernetes/ca.crt "
         "\\\n      --kubeconfig /etc/kubernetes/bootstrap-kubelet.conf",
     ),
+}
+_OUTPUT = Flag("output", "json", parse=one_of("json"), metavar="FORMAT", short="-o")
+CHECKS = {
+    role: Command(
+        run_check, [*COMMANDS[role].flags, _OUTPUT],
+        f"would the {role} work here? Takes its flags, changes nothing; exit 1 on a FAIL",
+        f"keto-tokens check {COMMANDS[role].example.removeprefix('keto-tokens ')}", role,
+    )
+    for role in ("server", "client")
 }
 
 
@@ -3005,19 +3295,28 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("-v", "--version", action="version", version=f"keto-tokens {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     parsers = {}
-    for name, command in COMMANDS.items():
+
+    def declare(where: Any, name: str, command: Command) -> Parser:
         example = f"example:\n  {command.example}"
-        parsers[name] = commands.add_parser(
+        made: Parser = where.add_parser(
             name, help=command.help, description=command.help, epilog=example, **shared
         )
         for flag in command.flags:
-            flag.add_to(parsers[name])
+            flag.add_to(made)
+        return made
+
+    for name, command in COMMANDS.items():
+        parsers[name] = declare(commands, name, command)
+    check = commands.add_parser("check", help="would server or client work here?", **shared)
+    roles = check.add_subparsers(dest="role", metavar="ROLE", parser_class=Parser)
+    for role, command in CHECKS.items():
+        parsers[f"check {role}"] = declare(roles, role, command)
     sub = commands.add_parser("help", aliases=["h"], help="help for a command", **shared)
-    sub.add_argument("topic", nargs="?", default="", metavar="COMMAND")
-    for each in (parser, *parsers.values()):
+    sub.add_argument("topic", nargs="*", metavar="COMMAND")
+    for each in (parser, check, *parsers.values()):
         for flag in GLOBAL_FLAGS:
             flag.add_to(each)
-    return parser, parsers
+    return parser, {**parsers, "check": check}
 
 
 def normalized(argv: Sequence[str]) -> list[str]:
@@ -3049,17 +3348,25 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> argparse.N
     parser, parsers = build_parser()
     options = parser.parse_args(normalized(argv))
     if options.command in ("help", "h"):
-        if options.topic and options.topic not in parsers:
-            raise UsageError(f"there is no command {options.topic!r}: {', '.join(parsers)}")
-        print(parsers.get(options.topic, parser).format_help(), end="")
+        topic = " ".join(options.topic)
+        if topic and topic not in parsers:
+            raise UsageError(f"there is no command {topic!r}: {', '.join(parsers)}")
+        print(parsers.get(topic, parser).format_help(), end="")
         return None
     if options.command is None:
-        raise UsageError(f"name a command: {', '.join(COMMANDS)} (see keto-tokens --help)")
-    for flag in [*GLOBAL_FLAGS, *COMMANDS[options.command].flags]:
+        raise UsageError(f"name a command: {', '.join(COMMANDS)}, check (see keto-tokens --help)")
+    if options.command == "check" and options.role is None:
+        raise UsageError(f"check what? {', '.join(CHECKS)} (see keto-tokens check --help)")
+    for flag in [*GLOBAL_FLAGS, *command_of(options).flags]:
         if not hasattr(options, flag.dest):
             setattr(options, flag.dest, flag.from_environment(environ))
     check_options(options)
     return options
+
+
+def command_of(options: argparse.Namespace) -> Command:
+    """The command that was asked for."""
+    return CHECKS[options.role] if options.command == "check" else COMMANDS[options.command]
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -3122,7 +3429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(options.verbose)
         stop = Stop()
         with stop.on_signals():
-            return COMMANDS[options.command].run(options, stop)
+            return command_of(options).run(options, stop)
     except KetoError as error:
         print(f"keto-tokens: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
