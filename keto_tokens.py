@@ -1601,10 +1601,12 @@ def aws_client(session: Any, service: str, region: str, calls: Calls) -> Any:
 class AwsPools:
     """Auto-scaling groups of a region, and the tags of their instances."""
 
-    def __init__(self, region: str, tag_name: str, calls: Calls, sleep: Callable[[float], Any]):
+    def __init__(
+        self, region: str, origin: str, tag_name: str, calls: Calls, sleep: Callable[[float], Any]
+    ):
         import boto3.session
 
-        self.scope, self._tag_name = region, tag_name
+        self.scope, self._origin, self._tag_name = region, origin, tag_name
         self._session = boto3.session.Session()
         self._groups = aws_client(self._session, "autoscaling", region, calls)
         self._ec2 = aws_client(self._session, "ec2", region, calls)
@@ -1651,7 +1653,7 @@ class AwsPools:
                 raise Doubt("allowed, but no instance is in any group that matches the filters")
             return f"{len(members)} instances in {len({node.pool for node in members})} groups match"
 
-        yield "AWS region", lambda: self.scope
+        yield "AWS region", lambda: f"{self.scope} by {self._origin}"
         yield "AWS credentials", lambda: aws_credentials(self._session)
         yield "autoscaling:DescribeAutoScalingGroups", list_members
         yield "ec2:DescribeTags", lambda: aws_may_read(self._ec2)
@@ -1887,16 +1889,19 @@ def aws_region_of(imds: Imds) -> str:
 
 
 def aws_pools(options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]) -> Pools:
-    """The server's side of AWS; the region by flag, environment, profile or metadata service."""
+    """The server's side of AWS; the region by flag or environment, profile or metadata service."""
     import botocore.session
 
-    region = options.region or botocore.session.get_session().get_config_variable("region")
-    if not region:
-        try:
-            region = aws_region_of(Imds(os.environ, sleep))
-        except KetoError as error:
-            raise SetupError(f"no AWS region: pass --region or set AWS_REGION; {error}") from None
-    return AwsPools(region, options.tag_name, calls, sleep)
+    if options.region:
+        return AwsPools(options.region, "--region or AWS_REGION", options.tag_name, calls, sleep)
+    region = botocore.session.get_session().get_config_variable("region")
+    if region:
+        return AwsPools(region, "the AWS profile", options.tag_name, calls, sleep)
+    try:
+        region = aws_region_of(Imds(os.environ, sleep))
+    except KetoError as error:
+        raise SetupError(f"no AWS region: pass --region or set AWS_REGION; {error}") from None
+    return AwsPools(region, "the instance's metadata", options.tag_name, calls, sleep)
 
 
 def aws_instance(
@@ -2835,7 +2840,7 @@ class Preflight:
             text = f"{cluster.access.server} answers, version {answer.get('gitVersion', 'unknown')}"
             if cluster.access.insecure:
                 raise Doubt(f"{text}; its certificate is NOT verified")
-            by = "the CA that was given" if cluster.access.ca else "the system's CAs"
+            by = "its CA" if cluster.access.ca else "the system's CAs"
             return f"{text}; its certificate is verified by {by}"
 
         def clock() -> str:

@@ -1,0 +1,167 @@
+"""What README prints to be applied: it parses, and it is exactly what the program needs."""
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from typing import Any
+
+import pytest
+import yaml
+
+from clusters import StandinCluster
+from conftest import FILTER, REPOSITORY, World
+from standin_aws import Aws
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+POLICIES = dict(zip(["server", "client", "client with metadata tags"], map(json.loads, blocks("json"))))
+
+
+def allowed(policy: Any) -> set[str]:
+    """The actions that an IAM policy allows."""
+    actions: set[str] = set()
+    for statement in policy["Statement"]:
+        listed = statement["Action"]
+        actions |= {listed} if isinstance(listed, str) else set(listed)
+    return actions
+
+
+def iam(operation: str) -> str:
+    """The IAM action of an operation of this program's."""
+    return f"{'autoscaling' if 'AutoScaling' in operation else 'ec2'}:{operation}"
+
+
+def used(world: World) -> set[str]:
+    """The IAM actions of the calls that were made since last asked."""
+    actions = {iam(operation) for operation in world.aws.count()}
+    world.aws.calls.clear()
+    return actions
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_policies_are_iam_policies(aws: Aws, name: str) -> None:
+    client = aws.client("iam")
+    made = client.create_policy(PolicyName=name.replace(" ", "-"), PolicyDocument=json.dumps(POLICIES[name]))
+    assert made["Policy"]["Arn"]
+
+
+def test_the_policies_allow_what_a_whole_life_uses_and_no_more(faulty: World) -> None:
+    from test_trust import with_tags
+
+    first, second = faulty.aws.group("compute", 2, Role="compute")
+    faulty.server()
+    assert used(faulty) == allowed(POLICIES["server"])
+    assert faulty.client(first).code == 0
+    assert used(faulty) == allowed(POLICIES["client"])
+    with_tags(faulty)
+    assert faulty.client(second).code == 0
+    assert used(faulty) == allowed(POLICIES["client with metadata tags"])
+    faulty.server()
+    assert used(faulty) <= allowed(POLICIES["server"])
+
+
+@pytest.mark.parametrize("name", ["client", "client with metadata tags"])
+def test_a_node_may_mark_itself_alone(name: str) -> None:
+    (mark,) = (each for each in POLICIES[name]["Statement"] if each["Action"] == "ec2:CreateTags")
+    assert mark["Condition"] == {
+        "ArnLike": {"ec2:SourceInstanceARN": "arn:aws:ec2:*:111122223333:instance/${ec2:InstanceID}"},
+        "StringEquals": {"aws:RequestTag/KubeletToken": "Success"},
+        "ForAllValues:StringEquals": {"aws:TagKeys": ["KubeletToken"]},
+        "Null": {"aws:TagKeys": "false"},
+    }
+
+
+def granted() -> set[tuple[str, str, str, str]]:
+    """The rules of README's roles as (verb, group, resource, namespace)."""
+    rules = set()
+    for body in yaml.safe_load_all(blocks("yaml")[0]):
+        for rule in body.get("rules", ()):
+            namespace = body["metadata"].get("namespace", "")
+            rules |= {
+                (verb, group, resource, namespace)
+                for verb in rule["verbs"] for group in rule["apiGroups"] for resource in rule["resources"]
+            }
+    return rules
+
+
+def test_the_rbac_allows_what_a_whole_life_uses_and_no_more(faulty: World) -> None:
+    """Issue, a name that is taken, extension, join, revocation, and a leader: every right is used."""
+    assert isinstance(faulty.cluster, StandinCluster)
+    api = faulty.cluster.api
+    token = api.account(sorted(granted()))
+    user = api.users[token].name
+    flags = [*FILTER, "--master", faulty.cluster.url, "--ca-path", str(faulty.cluster.ca_path)]
+    environ = {"KUBE_SERVICE_TOKEN": token}
+
+    def server() -> None:
+        assert faulty.program("server", "--once", *flags, **environ).code == 0
+
+    (node,) = faulty.aws.group("compute", 1, Role="compute")
+    server()
+    name = faulty.secret_name(node)
+    found = api.objects.pop(("secrets", "kube-system", name))
+    api.put("secrets", "kube-system", name, {**found, "metadata": {}})  # somebody else's now
+    server()
+    api.clock += 1500
+    server()
+    assert faulty.client(node).code == 0
+    faulty.cluster.join(faulty.token_of(node), f"node-{node}")
+    server()
+    import keto_tokens
+
+    access = keto_tokens.Access(faulty.cluster.url, "test", faulty.cluster.ca_path.read_text(),
+                                credential=keto_tokens.static_token(token))
+    with keto_tokens.Leader(keto_tokens.Cluster(access, keto_tokens.Calls()), "kube-system", "x") as leader:
+        leader._step()
+        assert leader.leads()
+    used = {
+        (asked.verb, asked.group, asked.resource, asked.namespace)
+        for asked in api.asked if asked.user == user
+    }
+    assert used == granted()
+
+
+def test_the_units_are_units(tmp_path: Any) -> None:
+    """systemd reads them without a complaint, where systemd is there to ask."""
+    import shutil
+
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("systemd-analyze is not on this machine")
+    for number, unit in enumerate(blocks("ini")):
+        path = tmp_path / f"keto-tokens-{number}.service"
+        path.write_text(unit.replace("/usr/local/bin/keto-tokens", "/bin/true"))
+        done = subprocess.run([program, "verify", str(path)], capture_output=True, text=True)
+        complaints = [line for line in done.stderr.splitlines() if path.name in line]
+        assert complaints == []
+
+
+@pytest.mark.parametrize("line", blocks("sh"))
+def test_the_shell_lines_parse(line: str) -> None:
+    assert subprocess.run(["sh", "-n"], input=line, text=True).returncode == 0
+
+
+def test_every_flag_in_readme_is_one() -> None:
+    import keto_tokens
+
+    flags = [*keto_tokens.GLOBAL_FLAGS]
+    for command in keto_tokens.COMMANDS.values():
+        flags += command.flags
+    others = {"--enable-bootstrap-token-auth", "--bootstrap-kubeconfig", "--print-join-command",
+              "--resources", "--tags"}
+    used = set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", README))
+    assert used <= {f"--{flag.name}" for flag in flags} | others
+
+
+def test_the_exit_codes_of_readme_are_those_of_the_program() -> None:
+    import keto_tokens
+
+    in_doc = set(re.findall(r"^  (\d+\+?N?)  ", keto_tokens.__doc__ or "", re.MULTILINE))
+    assert in_doc == set(re.findall(r"^\| (\d+\+?N?) \|", README, re.MULTILINE))
