@@ -2612,7 +2612,8 @@ class Client:
         try:
             changed = write_whole(self._path, text)
         except OSError as error:
-            raise SetupError(f"cannot write {self._path}: {error.strerror}; run again") from None
+            why = f"{error.filename}: {error.strerror}"
+            raise SetupError(f"cannot write {self._path}: {why}; run again") from None
         log.info(
             "%s kubeconfig=%s node=%s token_id=%s",
             "written" if changed else "unchanged", self._path, node_id, token.id,

@@ -14,7 +14,7 @@ import pytest
 
 import keto_tokens
 from clusters import RealCluster, StandinCluster, TestCluster
-from standin_aws import Aws
+from standin_aws import ACCESS, Aws
 from standin_imds import Imds
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -104,18 +104,19 @@ class Program:
 
     capsys: pytest.CaptureFixture[str]
     monkeypatch: pytest.MonkeyPatch
-    leaks: set[str] = field(default_factory=set)
+    verbose: bool = False
+    leaks: set[str] = field(default_factory=set)  # secrets of a test's own
+    said: list[str] = field(default_factory=list)  # all it ever wrote, for what must not be in it
 
     def __call__(self, *argv: str, **environ: str) -> Result:
         with self.monkeypatch.context() as patch:
+            patch.setenv("VERBOSE", str(self.verbose).lower())
             for name, value in environ.items():
                 patch.setenv(name, value)
             self.capsys.readouterr()
             code = keto_tokens.main(argv)
         captured = self.capsys.readouterr()
-        for secret in self.leaks:
-            assert secret not in captured.err, "a secret is in the log"
-            assert secret not in captured.out, "a secret is in the output"
+        self.said += [captured.out, captured.err]
         return Result(code, captured.out, captured.err)
 
 
@@ -133,14 +134,27 @@ class World:
     cluster: TestCluster
     program: Program
     folder: Path
+    known: set[str] = field(default_factory=set)  # secrets that were seen to exist
+
+    def __enter__(self) -> World:
+        self.program.verbose = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever the test did, and however it failed: nothing secret was written for others to see."""
+        said = "".join(self.program.said)
+        secrets = self.known | self.program.leaks | self.cluster.secrets()
+        for secret in secrets | {ACCESS["AWS_SECRET_ACCESS_KEY"], "PRIVATE KEY"}:
+            assert secret not in said, "a secret is in the output"
+        for path in self.folder.rglob("*"):
+            if path.is_file() and any(half in path.read_text() for half in self.known):
+                assert path.stat().st_mode & 0o077 == 0, f"others can read {path}"
 
     def server(self, *argv: str, filters: list[str] | None = None, **environ: str) -> Result:
         """A pass of the server."""
         base = ["server", "--once", *(FILTER if filters is None else filters)]
         result = self.program(*base, *self.cluster.server_flags(), *argv, **environ)
-        self.program.leaks |= self.secrets()
-        for secret in self.program.leaks:
-            assert secret not in result.out + result.err
+        self.known |= self.secrets()
         return result
 
     def client(self, node: str, *argv: str, **environ: str) -> Result:
@@ -189,14 +203,20 @@ class World:
 
 
 @pytest.fixture
-def world(aws: Aws, imds: Imds, cluster: TestCluster, program: Program, tmp_path: Path) -> World:
-    return World(aws, imds, cluster, program, tmp_path / "nodes")
+def world(
+    aws: Aws, imds: Imds, cluster: TestCluster, program: Program, tmp_path: Path
+) -> Iterator[World]:
+    with World(aws, imds, cluster, program, tmp_path / "nodes") as made:
+        yield made
 
 
 @pytest.fixture
-def faulty(aws: Aws, imds: Imds, standin: StandinCluster, program: Program, tmp_path: Path) -> World:
+def faulty(
+    aws: Aws, imds: Imds, standin: StandinCluster, program: Program, tmp_path: Path
+) -> Iterator[World]:
     """The same with a cluster that can be made to fail, or to be at another time."""
-    return World(aws, imds, standin, program, tmp_path / "nodes")
+    with World(aws, imds, standin, program, tmp_path / "nodes") as made:
+        yield made
 
 
 def run_built(*argv: str, environ: dict[str, str] | None = None, **options: Any) -> Result:

@@ -145,6 +145,7 @@ class Kubernetes:
         self._version = 500
         self._cache: dict[str, tuple[float, User]] = {}
         self.connections = 0
+        self.halves: set[str] = set()  # the secret halves of all tokens that there ever were
 
     def __enter__(self) -> Kubernetes:
         self._server = _Server(("127.0.0.1", 0), self)
@@ -219,6 +220,8 @@ class Kubernetes:
                 **rest,
             }
             self.objects[resource, namespace, name] = stored
+            half = stored.get("data", {}).get("token-secret") if resource == "secrets" else None
+            self.halves |= {base64.b64decode(half).decode(), half} if half else set()
             return stored
 
     # --- authentication and authorization ------------------------------------------------------

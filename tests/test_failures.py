@@ -463,7 +463,7 @@ def test_a_kubeconfig_that_cannot_be_written(faulty: World, tmp_path: Path) -> N
     blocked.write_text("not a folder")
     result = faulty.client(node, "--kubeconfig", str(blocked / "kubeconfig"))
     assert result.code == 3
-    assert f"cannot write {blocked}/kubeconfig: Not a directory" in result.err
+    assert f"cannot write {blocked}/kubeconfig: {blocked}: File exists" in result.err
     assert faulty.aws.tag(node) == faulty.token_of(node)
 
 
