@@ -331,7 +331,7 @@ class World:
 # ---------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(r"([a-z0-9]{6})\.([a-z0-9]{16})")
-_TOKEN_ANYWHERE = re.compile(r"(?<![a-z0-9])([a-z0-9]{6})\.[a-z0-9]{16}(?![a-z0-9])")
+_TOKEN_ANYWHERE = re.compile(r"([a-z0-9]{6})\.[a-z0-9]{16}")  # also behind an escape: \nabcdef.
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -384,8 +384,9 @@ def parse_time(text: Any) -> float:
         return 0.0
 
 
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h)")
+_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3}  # both Unicode mus
+_UNITS |= {"s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_PART = re.compile("([0-9]+\\.?[0-9]*|\\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)")
 
 
 def parse_duration(text: str) -> float:
@@ -395,7 +396,10 @@ def parse_duration(text: str) -> float:
     parts = _DURATION_PART.findall(text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise ValueError(f"{text!r} is not a duration such as 10s, 1h30m or 500ms")
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if seconds >= 2**63 / 1e9:
+        raise ValueError(f"{text!r} is longer than Go's durations can be")
+    return seconds
 
 
 def format_duration(seconds: float) -> str:
@@ -592,7 +596,9 @@ def parse_secret(body: Mapping[str, Any], owner: str) -> TokenSecret | None:
     try:
         metadata, data = body["metadata"], body["data"]
         labels, notes = metadata.get("labels", {}), metadata.get("annotations", {})
-        token = Token(_decode(data["token-id"]), _decode(data["token-secret"]))
+        token = parse_token(f"{_decode(data['token-id'])}.{_decode(data['token-secret'])}")
+        if token is None:
+            return None
         node_id = notes[NOTE_NODE]
         created = parse_time(metadata["creationTimestamp"])
         ours = (
@@ -896,22 +902,32 @@ def read_ca(path: str) -> str:
 
 
 def checked_ca(pem: str, origin: str) -> str:
-    """The same text, when it holds certificates that OpenSSL can read."""
+    """The certificates in the text, without what else is in it, when OpenSSL can read them."""
+    found = "".join(certificates(pem))
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem)
-        return pem
-    except (ssl.SSLError, ValueError):
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=found)
+        return found
+    except (ssl.SSLError, ValueError, TypeError):
         raise SetupError(f"{origin} holds no certificate in PEM form") from None
+
+
+def bearer(text: str, origin: str) -> str:
+    """A bearer token without white space around it; SetupError when it cannot be one."""
+    token = text.strip()
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise SetupError(f"{origin}: {'no bearer token' if token else 'empty'}")
+    return token
 
 
 def static_token(token: str) -> CredentialSource:
     """A token that was given as such."""
-    return lambda refused: Credential(token=token)
+    checked = bearer(token, "the bearer token that was given")
+    return lambda refused: Credential(token=checked)
 
 
 def token_file(path: str | Path) -> CredentialSource:
     """A token in a file that may change at any time, as a pod's service account token does."""
-    return lambda refused: Credential(token=read_text(path, "a bearer token").strip())
+    return lambda refused: Credential(token=bearer(read_text(path, "a bearer token"), str(path)))
 
 
 def in_cluster(environ: Mapping[str, str], folder: str) -> Access:
@@ -936,10 +952,10 @@ class Kubeconfig:
     def __init__(self, path: str):
         import yaml
 
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path)).absolute()
         try:
             self.content = yaml.safe_load(read_text(self.path, "a kubeconfig")) or {}
-        except (yaml.YAMLError, RecursionError) as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             mark = getattr(error, "problem_mark", None)
             where = f" (line {mark.line + 1})" if mark else ""
             raise SetupError(f"kubeconfig {path} is not YAML{where}") from None
@@ -951,7 +967,7 @@ class Kubeconfig:
     def get(self, holder: Any, where: str, kind: type, default: Any = _REQUIRED) -> Any:
         """The last field of the dotted `where` in `holder`; without a default it has to be there."""
         if not isinstance(holder, dict):
-            self.wrong(where.rpartition(".")[0], "is not a mapping")
+            self.wrong(where.rpartition(".")[0] or "its content", "is not a mapping")
         value = holder.get(where.rpartition(".")[2])
         if value in (None, "") and default is not _REQUIRED:
             return default
@@ -994,30 +1010,49 @@ class Kubeconfig:
             insecure=self.get(cluster, f"{at}.insecure-skip-tls-verify", bool, False),
             server_name=self.get(cluster, f"{at}.tls-server-name", str, ""),
             proxy=self.get(cluster, f"{at}.proxy-url", str, ""),
-            credential=self.credential(user, cluster) if user else Access.credential,
+            credential=self.credential(user, cluster, at) if user else Access.credential,
         )
 
-    def credential(self, name: str, cluster: Mapping[str, Any]) -> CredentialSource:
+    def credential(self, name: str, cluster: Mapping[str, Any], at: str) -> CredentialSource:
         """The source of the named user's credential, tried once so that a bad file is told now."""
         user, where = self.named("users", name)
         for key in ("auth-provider", "username", "password", "as"):
             if key in user:
                 self.wrong(f"{where}.{key}", "not supported; use a token, a certificate or exec")
         if "exec" in user:
-            return ExecPlugin(self, user, f"{where}.exec", cluster)
+            return ExecPlugin(self, user, f"{where}.exec", self.exec_cluster(cluster, at))
         path = self.get(user, f"{where}.tokenFile", str, "")
         token = self.get(user, f"{where}.token", str, "")
 
         def source(refused: bool) -> Credential:
-            from_file = path and read_text(self.path.parent / path, f"{where}.tokenFile").strip()
+            place = f"{where}.tokenFile"
+            from_file = path and bearer(
+                read_text(self.path.parent / path, place), f"kubeconfig {self.path}: {place}"
+            )
             certificate = self.text(user, where, "client-certificate")
             key = self.text(user, where, "client-key")
             if bool(certificate) != bool(key):
                 self.wrong(where, "client-certificate and client-key go together")
-            return Credential(from_file or token, certificate, key)
+            given = token and bearer(token, f"kubeconfig {self.path}: {where}.token")
+            return Credential(from_file or given, certificate, key)
 
         source(False)
         return source
+
+    def exec_cluster(self, cluster: Mapping[str, Any], at: str) -> dict[str, Any]:
+        """What a plugin is told of the cluster, as client-go tells it."""
+        names = ("server", "tls-server-name", "insecure-skip-tls-verify", "proxy-url")
+        told = {name: cluster[name] for name in names if cluster.get(name)}
+        ca = self.text(cluster, at, "certificate-authority")
+        if ca:
+            told["certificate-authority-data"] = base64.b64encode(ca.encode()).decode()
+        for extension in self.get(cluster, f"{at}.extensions", list, []):
+            if isinstance(extension, dict) and extension.get("name") == EXEC_EXTENSION:
+                told["config"] = extension.get("extension")
+        return told
+
+
+EXEC_EXTENSION = "client.authentication.k8s.io/exec"
 
 
 class ExecPlugin:
@@ -1040,19 +1075,15 @@ class ExecPlugin:
         self.where = f"kubeconfig {config.path}: {where}"
         pairs = config.get(spec, f"{where}.env", list, [])
         self.env = {
-            config.get(pair, f"{where}.env.name", str): config.get(pair, f"{where}.env.value", str)
+            config.get(pair, f"{where}.env.name", str): config.get(pair, f"{where}.env.value", str, "")
             for pair in pairs
         }
-        self.info = self._info(cluster if spec.get("provideClusterInfo") else None)
+        told: dict[str, Any] = {"interactive": False}
+        if spec.get("provideClusterInfo"):
+            told["cluster"] = cluster
+        self.info = json.dumps({"apiVersion": self.version, "kind": "ExecCredential", "spec": told})
         self._lock = threading.Lock()
         self._kept: tuple[float, Credential] | None = None
-
-    def _info(self, cluster: Mapping[str, Any] | None) -> str:
-        spec: dict[str, Any] = {"interactive": False}
-        if cluster is not None:
-            renamed = {"certificate-authority-data", "server", "tls-server-name", "proxy-url"}
-            spec["cluster"] = {key: cluster[key] for key in sorted(renamed & set(cluster))}
-        return json.dumps({"apiVersion": self.version, "kind": "ExecCredential", "spec": spec})
 
     def __call__(self, refused: bool) -> Credential:
         """The credential, from the command when the kept one is out of date or was refused."""
@@ -1070,8 +1101,8 @@ class ExecPlugin:
             )
             return done.stdout
         except subprocess.CalledProcessError as error:
-            last = redact((error.stderr or "").strip().rpartition("\n")[2][:300])
-            problem = f"exit status {error.returncode}: {last}"
+            last = redact((error.stderr or "").strip().rpartition("\n")[2])[:300]
+            problem = f"exit status {error.returncode}: {last}".rstrip(": ")
         except subprocess.TimeoutExpired:
             problem = "no answer in 60 s"
         except (OSError, ValueError) as error:
@@ -1083,19 +1114,19 @@ class ExecPlugin:
         try:
             body = json.loads(output)
             status = body["status"]
-            credential = Credential(
-                status.get("token") or "",
-                status.get("clientCertificateData") or "",
-                status.get("clientKeyData") or "",
+            token, certificate, key = (
+                status.get(name) or "" for name in ("token", "clientCertificateData", "clientKeyData")
             )
-            if body["apiVersion"] != self.version or credential == Credential():
+            usable = (token or certificate) and bool(certificate) == bool(key)
+            if body["apiVersion"] != self.version or not usable:
                 raise ValueError
+            credential = Credential(token and bearer(token, self.where), certificate, key)
             expiry = status.get("expirationTimestamp")
             return (parse_time(expiry) if expiry else float("inf")), credential
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise SetupError(
                 f"{self.where}: {self.path} printed no ExecCredential of {self.version} "
-                "with a token or a certificate"
+                "with a token, or a certificate and its key"
             ) from None
 
 
@@ -1258,10 +1289,16 @@ class Cluster:
         if access.server_name and not access.insecure:
             options |= {"server_hostname": access.server_name}
         proxy = access.proxy or proxy_for(access.server, os.environ)
+        if not proxy:
+            return urllib3.PoolManager(**options)
         try:
-            return urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+            url = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
+            user = urllib.parse.unquote(url.auth or "")
+            headers = urllib3.make_headers(proxy_basic_auth=user) if user else None
+            return urllib3.ProxyManager(url._replace(auth=None).url, proxy_headers=headers, **options)
         except (urllib3.exceptions.HTTPError, ValueError):
-            raise SetupError(f"{access.origin}: {proxy!r} is no proxy of type http or https") from None
+            shown = proxy.rpartition("@")[2]
+            raise SetupError(f"{access.origin}: {shown!r} is no proxy of type http or https") from None
 
     def list(self, path: str, query: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         """Every object of a collection, page by page."""
@@ -1557,7 +1594,7 @@ def aws_errors(action: str, target: str = "") -> Iterator[None]:
     except failures.BotoCoreError as error:
         raise CallFailed(f"{what}: {redact(str(error))}", again=True) from None
     except (botocore.parsers.ResponseParserError, KeyError) as error:
-        text = redact(str(error).partition("invalid XML")[0][:200])
+        text = redact(str(error)).partition("invalid XML")[0][:200]
         raise CallFailed(f"{what}: the answer makes no sense: {text}", again=True) from None
 
 
@@ -2717,7 +2754,7 @@ def write_whole(path: Path, text: str) -> bool:
     """
     make_parents(path)
     prefix = f".{path.name}.keto-tokens-"
-    for leftover in path.parent.glob(f"{prefix}*"):
+    for leftover in [each for each in path.parent.iterdir() if each.name.startswith(prefix)]:
         with contextlib.suppress(OSError), open(leftover) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
@@ -3068,8 +3105,10 @@ def parse_url(text: str) -> str:
     """An http or https URL of a server, else ValueError."""
     parts = urllib.parse.urlsplit(text)
     valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    if not valid or parts.query or parts.fragment or parts.username is not None or " " in text:
-        raise ValueError(f"{redact(text)!r} is not a URL such as https://api.example.com:6443")
+    plain = text.isprintable() and " " not in text and "@" not in text
+    if not (valid and plain) or parts.query or parts.fragment:
+        shown = re.sub(r".*@", "...@", redact(text), flags=re.DOTALL)  # it may be a password
+        raise ValueError(f"{shown!r} is not a URL such as https://api.example.com:6443")
     return text.rstrip("/")
 
 
@@ -3111,6 +3150,11 @@ def one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_cloud(text: str) -> str:
+    """The name of a cloud that there is."""
+    return one_of(*CLOUDS)(text)
+
+
 @dataclass(frozen=True)
 class Flag:
     """A flag, its variables and its default, which is parsed as if it had been given."""
@@ -3146,6 +3190,8 @@ class Flag:
         options: dict[str, Any] = {"dest": self.dest, "default": argparse.SUPPRESS}
         if self.boolean:
             options |= {"action": "store_true"}
+            hidden = {**options, "action": "store_false", "help": argparse.SUPPRESS}
+            parser.add_argument(f"--{self.name}:false", **hidden)  # `--name=false`, see normalized
         else:
             options |= {"type": self.from_argument, "metavar": self.metavar}
             options |= {"action": "append"} if self.repeat else {}
@@ -3174,7 +3220,7 @@ class Flag:
 
 
 GLOBAL_FLAGS = [
-    Flag("cloud", "cloud of the nodes: aws", ("CLOUD_PROVIDER",), one_of(*CLOUDS), "aws", "NAME", "-c"),
+    Flag("cloud", "cloud of the nodes: aws", ("CLOUD_PROVIDER",), parse_cloud, "aws", "NAME", "-c"),
     Flag("verbose", "log each decision, not only changes", ("VERBOSE",), parse_bool),
 ]
 _TAG = Flag("tag-name", "tag that carries the token", ("TAG_NAME",), str, "KubeletToken", "NAME")
@@ -3337,8 +3383,8 @@ def normalized(argv: Sequence[str]) -> list[str]:
             result.append(argument)
         elif not equals or name not in booleans:
             result.append(f"--{name}{equals}{value}")
-        elif _go_bool(name, value):
-            result.append(f"--{name}")
+        else:
+            result.append(f"--{name}" if _go_bool(name, value) else f"--{name}:false")
     return result
 
 
@@ -3380,7 +3426,7 @@ def check_options(options: argparse.Namespace) -> None:
     try:
         CLOUDS[options.cloud].tag_name(options.tag_name)
     except ValueError as error:
-        raise UsageError(f"--tag-name: {error}") from None
+        raise UsageError(f"--tag-name [TAG_NAME]: {error}") from None
     if "filter" not in options:
         return
     if options.command == "server" and options.leader_elect and (options.once or options.dry_run):
@@ -3437,16 +3483,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop.on_signals():
             return command_of(options).run(options, stop)
     except KetoError as error:
-        print(f"keto-tokens: {redact(str(error))}", file=sys.stderr)
+        print(f"keto-tokens: {redact(' '.join(str(error).split()))}", file=sys.stderr)
         return error.exit_code
 
 
 def run() -> NoReturn:
     """The entry point: a bug's traceback is printed without secrets."""
     try:
-        code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:
+        try:
+            code = main()
+        finally:  # --help ends in a SystemExit
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception:

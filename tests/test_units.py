@@ -310,8 +310,8 @@ REQUEST = NEW_CSR["spec"]["request"]
 OID = b"\x06\x03\x55\x04\x03"
 
 
-def pem(der: bytes) -> str:
-    text = f"-----BEGIN CERTIFICATE REQUEST-----\n{base64.b64encode(der).decode()}\n-----END -----\n"
+def pem(content: bytes) -> str:
+    text = f"-----BEGIN CERTIFICATE REQUEST-----\n{base64.b64encode(content).decode()}\n-----END -----\n"
     return encoded(text)
 
 
@@ -361,11 +361,20 @@ def test_the_name_that_a_kubelet_asks_for(name: str) -> None:
     assert requested_node(kubelet_request(name)) == name
 
 
-@pytest.mark.parametrize("name", ["n" * 115, "n" * 116, "n" * 240])
-def test_a_long_name(name: str) -> None:
-    common = f"system:node:{name}".encode()
-    length = bytes([len(common)]) if len(common) < 128 else bytes([0x81, len(common)])
-    assert requested_node(pem(b"0" + OID + b"\x0c" + length + common + b"0")) == name
+def der(tag: int, *content: bytes) -> bytes:
+    """An element in DER, with each form of its length that there is."""
+    joined = b"".join(content)
+    size = len(joined).to_bytes(2, "big").lstrip(b"\0")
+    return bytes([tag, *([0x80 + len(size)] if len(joined) > 127 else []), *size]) + joined
+
+
+@pytest.mark.parametrize("size", [1, 115, 116, 240, 300])
+@pytest.mark.parametrize("tag", [0x0C, 0x13], ids=["UTF8String", "PrintableString"])
+def test_a_name_of_any_length(size: int, tag: int) -> None:
+    group = der(0x31, der(0x30, b"\x06\x03\x55\x04\x0a", der(tag, b"system:nodes")))
+    common = der(0x31, der(0x30, OID, der(tag, b"system:node:" + b"n" * size)))
+    request = der(0x30, der(0x30, b"\x02\x01\x00", der(0x30, group, common)))
+    assert requested_node(pem(request)) == "n" * size
 
 
 ODD = [
@@ -391,9 +400,9 @@ def test_odd_requests_have_a_name_or_are_refused(text: str) -> None:
 
 def test_cut_requests_have_a_name_or_are_refused() -> None:
     text = base64.b64decode(REQUEST).decode()
-    der = base64.b64decode("".join(text.split("-----")[2].split()))
+    whole = base64.b64decode("".join(text.split("-----")[2].split()))
     cut = [REQUEST[:n] for n in range(len(REQUEST))] + [encoded(text[:n]) for n in range(len(text))]
-    for request_text in cut + [pem(der[:n]) for n in range(len(der))]:
+    for request_text in cut + [pem(whole[:n]) for n in range(len(whole))]:
         with contextlib.suppress(ValueError):
             assert requested_node(request_text) in "system:node:ip-10-0-0-7.eu-west-2.compute.internal"
 
@@ -428,7 +437,8 @@ def test_the_csr_that_tells(csrs: list[Csr], expected: Join | None) -> None:
 
 
 def test_the_rate_limit() -> None:
-    now, slept = [100.0], []
+    now: list[float] = [100.0]
+    slept: list[float] = []
     limit = RateLimit(2.0, 3.0, slept.append, lambda: now[0])
 
     def waits(times: int) -> list[float]:
