@@ -2187,9 +2187,11 @@ class Leader:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        if self.leads():
-            with contextlib.suppress(KetoError):
-                self._write(self._get(), "", 1)
+        leads, self._until = self.leads(), float("-inf")
+        with contextlib.suppress(KetoError):
+            lease = self._get() if leads else None
+            if lease and lease_spec(lease).get("holderIdentity") == self._identity:
+                self._write(lease, "", 1)
                 log.info("lease given back lease=%s", self._name)
 
     def _keep(self) -> None:
@@ -2202,31 +2204,38 @@ class Leader:
     def _step(self) -> None:
         """Take the Lease, or renew it, or see who has it."""
         started = time.monotonic()
+        lease = self._get()
         try:
-            lease = self._get()
-            if lease_is_free(lease, self._identity, self._unchanged_for(lease, started)):
+            if lease_is_free(lease, self._identity, self._unchanged_for(lease)):
                 self._write(lease, self._identity, LEASE)
                 self._until = started + RENEW_DEADLINE
+            else:
+                self._until = float("-inf")
         except Superseded:
+            self._until = float("-inf")
             log.debug("another server was quicker lease=%s", self._name)
         holder = self._identity if self.leads() else "another server"
         if holder != self._told:
             log.info("leader=%s lease=%s identity=%s", holder, self._name, self._identity)
         self._told = holder
 
-    def _unchanged_for(self, lease: Mapping[str, Any] | None, now: float) -> float:
-        version = lease["metadata"]["resourceVersion"] if lease else ""
+    def _unchanged_for(self, lease: Mapping[str, Any] | None) -> float:
+        version, now = lease["metadata"]["resourceVersion"] if lease else "", time.monotonic()
         if version != self._seen[0]:
             self._seen = version, now
         return now - self._seen[1]
 
     def _get(self) -> dict[str, Any] | None:
         try:
-            return self._cluster.request("GET", f"{self._path}/{self._name}", attempts=1)
+            lease = self._cluster.request("GET", f"{self._path}/{self._name}", attempts=1)
         except CallFailed as error:
             if error.status != 404:
                 raise
             return None
+        metadata = lease.get("metadata")
+        if not isinstance(metadata, dict) or not metadata.get("resourceVersion"):
+            raise CallFailed(f"GET {self._path}/{self._name}: the answer is no Lease")
+        return lease
 
     def _write(self, lease: Mapping[str, Any] | None, holder: str, seconds: int) -> None:
         body = lease_body(lease, self._name, holder, seconds, self._cluster.now())
@@ -2234,9 +2243,15 @@ class Leader:
         self._cluster.request(method, path, body, attempts=1)
 
 
+def lease_spec(lease: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is set in the spec of a Lease."""
+    spec = (lease or {}).get("spec")
+    return {k: v for k, v in spec.items() if v is not None} if isinstance(spec, dict) else {}
+
+
 def lease_is_free(lease: Mapping[str, Any] | None, identity: str, unchanged_for: float) -> bool:
     """Whether `identity` may take or renew the Lease, which it has seen unchanged for so long."""
-    spec = (lease or {}).get("spec") or {}
+    spec = lease_spec(lease)
     holder, seconds = spec.get("holderIdentity"), spec.get("leaseDurationSeconds", LEASE)
     return not holder or holder == identity or unchanged_for >= seconds
 
@@ -2244,16 +2259,16 @@ def lease_is_free(lease: Mapping[str, Any] | None, identity: str, unchanged_for:
 def lease_body(
     lease: Mapping[str, Any] | None, name: str, holder: str, seconds: int, now: float
 ) -> dict[str, Any]:
-    """The Lease with this holder, renewed now."""
+    """The Lease with this holder ("" for none), renewed now.  Taking it counts as a transition."""
     moment = datetime.fromtimestamp(now, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    old = (lease or {}).get("spec") or {}
-    same = old.get("holderIdentity") == holder
+    old = lease_spec(lease)
+    same = bool(holder) and old.get("holderIdentity") == holder
     spec = {
         "holderIdentity": holder,
         "leaseDurationSeconds": seconds,
         "acquireTime": old.get("acquireTime", moment) if same else moment,
         "renewTime": moment,
-        "leaseTransitions": old.get("leaseTransitions", 0) + (bool(lease) and not same),
+        "leaseTransitions": old.get("leaseTransitions", 0) + bool(lease and holder and not same),
     }
     metadata = (lease or {}).get("metadata") or {"name": name}
     return {
