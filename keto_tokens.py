@@ -2214,10 +2214,10 @@ class Leader:
         except Superseded:
             self._until = float("-inf")
             log.debug("another server was quicker lease=%s", self._name)
-        holder = self._identity if self.leads() else "another server"
-        if holder != self._told:
-            log.info("leader=%s lease=%s identity=%s", holder, self._name, self._identity)
-        self._told = holder
+        state = "leading" if self.leads() else "standing by"
+        if state != self._told:
+            log.info("%s lease=%s identity=%s", state, self._name, self._identity)
+        self._told = state
 
     def _unchanged_for(self, lease: Mapping[str, Any] | None) -> float:
         version, now = lease["metadata"]["resourceVersion"] if lease else "", time.monotonic()
@@ -2262,13 +2262,13 @@ def lease_body(
     """The Lease with this holder ("" for none), renewed now.  Taking it counts as a transition."""
     moment = datetime.fromtimestamp(now, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     old = lease_spec(lease)
-    same = bool(holder) and old.get("holderIdentity") == holder
+    renewed = bool(holder) and old.get("holderIdentity") == holder
     spec = {
         "holderIdentity": holder,
         "leaseDurationSeconds": seconds,
-        "acquireTime": old.get("acquireTime", moment) if same else moment,
+        "acquireTime": old.get("acquireTime", moment) if renewed else moment,
         "renewTime": moment,
-        "leaseTransitions": old.get("leaseTransitions", 0) + bool(lease and holder and not same),
+        "leaseTransitions": old.get("leaseTransitions", 0) + bool(lease and holder and not renewed),
     }
     metadata = (lease or {}).get("metadata") or {"name": name}
     return {
