@@ -83,7 +83,7 @@ LABEL_OWNER = "keto-tokens/owner"
 NOTE_NODE = "keto-tokens/node"  # the instance id
 NOTE_POOL = "keto-tokens/pool"  # the auto-scaling group
 NOTE_FIRST = "keto-tokens/first-issued"  # RFC 3339; since when the node has been asked to join
-NOTE_ISSUED = "keto-tokens/issued"  # RFC 3339; since when it is this secret half
+NOTE_EARLIER = "keto-tokens/earlier-csrs"  # uids of CSRs that were decided before this secret half
 NOTE_UNPUBLISHED = "keto-tokens/unpublished"  # a new half that the tag may not show yet
 
 TOKEN_NAMES = 8  # how many ids a node tries when others have taken the ones derived from it
@@ -255,7 +255,7 @@ class TokenSecret:
     created: float
     expires: float  # 0 when unparseable: the API server calls that expired
     first_issued: float
-    issued: float
+    earlier: frozenset[str] = frozenset()  # uids of CSRs that were not made with this secret half
     unpublished: bool = False
     body: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -299,6 +299,7 @@ class Action:
     node: Node
     secret: TokenSecret | None
     reason: str
+    earlier: frozenset[str] = frozenset()  # for a new secret half: see `with_earlier`
 
 
 @dataclass(frozen=True)
@@ -311,17 +312,28 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class Csr:
+    """A kubelet's certificate signing request that was made with a bootstrap token."""
+
+    uid: str
+    token_id: str
+    state: Join  # PENDING, DENIED or ISSUED
+    decided: float  # when it was approved or denied, else when it was made
+    node_name: str
+
+
+@dataclass(frozen=True)
 class World:
     """All that one pass has seen.  `joins` is by Secret name; a missing name is `NO_CSR`.
 
-    `certified` says when a token id last got a certificate, for as long as CSRs are kept (an hour);
-    None when that cannot be seen.
+    `csrs` are those of kubelets, for as long as the cluster keeps them (an hour after the decision);
+    None when they cannot be seen.
     """
 
     listing: Listing
     secrets: tuple[TokenSecret, ...]
     joins: Mapping[str, Join]
-    certified: Mapping[str, float] | None
+    csrs: tuple[Csr, ...] | None
     owner: str
     now: float
 
@@ -419,10 +431,24 @@ def plan(world: World, policy: Policy) -> list[Action]:
     for node in world.listing.nodes:
         nodes.setdefault(node.id, node)
     owned = secrets_by_node(world, nodes)
-    actions = [decide(node, owned.get(node.id), world, policy) for node in nodes.values()]
-    return actions + [
+    decided = [decide(node, owned.get(node.id), world, policy) for node in nodes.values()]
+    return [with_earlier(action, world) for action in decided] + [
         orphan(secret, world, policy) for node_id, secret in owned.items() if node_id not in nodes
     ]
+
+
+def with_earlier(action: Action, world: World) -> Action:
+    """An action that makes a new secret half, with the CSRs that cannot have been made with it.
+
+    A node's token id stays the same for its life, so when it joins again its CSR is told from those of
+    earlier joins by their uids.  One that is not decided yet is no earlier one: a kubelet that starts
+    again with the same key goes on waiting for it.
+    """
+    if action.kind not in (Kind.ISSUE, Kind.RENEW) or not world.csrs:
+        return action
+    ids = token_ids(world.owner, action.node.id)
+    mine = [csr for csr in world.csrs if csr.token_id in ids and csr.state is not Join.PENDING]
+    return replace(action, earlier=frozenset(csr.uid for csr in mine))
 
 
 def secrets_by_node(world: World, nodes: Mapping[str, Node]) -> dict[str, TokenSecret]:
@@ -436,7 +462,7 @@ def secrets_by_node(world: World, nodes: Mapping[str, Node]) -> dict[str, TokenS
         node = nodes.get(secret.node_id)
         join = world.joins.get(secret.name, Join.NO_CSR)
         in_tag = node is not None and node.token == secret.token
-        return secret.live(world.now), in_tag, join != Join.NO_CSR, -secret.issued, secret.name
+        return secret.live(world.now), in_tag, join != Join.NO_CSR, -secret.created, secret.name
 
     return {secret.node_id: secret for secret in sorted(world.secrets, key=rank)}
 
@@ -462,7 +488,7 @@ def without_live_secret(
 ) -> Action:
     """No token that works: give one, unless the node has taken one already."""
     in_tag, kind = node.token, Kind.RENEW if secret else Kind.ISSUE
-    if in_tag and world.now - (world.certified or {}).get(in_tag.id, 0.0) < JUST_JOINED:
+    if in_tag and any(world.now - csr.decided < JUST_JOINED for csr in certified(world, in_tag.id)):
         return Action(Kind.LEAVE, node, secret, "joined just now; its tag may be an old read")
     if node.consumed and node.new_disk and needs_rejoin(node, world):
         return Action(kind, node, secret, "its root volume is being replaced")
@@ -481,9 +507,15 @@ def needs_rejoin(node: Node, world: World) -> bool:
     Neither its tag nor its state tells a join before the replacement from one after it; a certificate
     within the hour for which CSRs are kept may be either, and giving a token each pass would be worse.
     """
-    if world.certified is None:
-        return False
-    return not any(token_id in world.certified for token_id in token_ids(world.owner, node.id))
+    ids = token_ids(world.owner, node.id)
+    return world.csrs is not None and not any(certified(world, token_id) for token_id in ids)
+
+
+def certified(world: World, token_id: str) -> list[Csr]:
+    """The CSRs that were made with a token id and have got their certificate."""
+    return [
+        csr for csr in world.csrs or () if csr.token_id == token_id and csr.state is Join.ISSUED
+    ]
 
 
 def before_consumption(node: Node, secret: TokenSecret, now: float, policy: Policy) -> Action:
@@ -545,11 +577,11 @@ def near_expiry(secret: TokenSecret, now: float, policy: Policy) -> bool:
 
 
 def secret_body(
-    token: Token, node: Node, owner: str, groups: str, now: float, ttl: float
+    token: Token, node: Node, owner: str, groups: str, earlier: Iterable[str], now: float, ttl: float
 ) -> dict[str, Any]:
     """The Secret of a new token, as `kubeadm token create` would make it, and ours by its labels."""
     notes = {NOTE_NODE: node.id, NOTE_POOL: node.pool}
-    notes |= {NOTE_FIRST: format_time(now), NOTE_ISSUED: format_time(now)}
+    notes |= {NOTE_FIRST: format_time(now), NOTE_EARLIER: ",".join(sorted(earlier))}
     if node.consumed:
         notes[NOTE_UNPUBLISHED] = "true"
     data = {
@@ -617,7 +649,7 @@ def parse_secret(body: Mapping[str, Any], owner: str) -> TokenSecret | None:
             created=created,
             expires=parse_time(_decode(data.get("expiration", ""))),
             first_issued=parse_time(notes.get(NOTE_FIRST)) or created,
-            issued=parse_time(notes.get(NOTE_ISSUED)) or created,
+            earlier=frozenset(filter(None, notes.get(NOTE_EARLIER, "").split(","))),
             unpublished=NOTE_UNPUBLISHED in notes,
             body=body,
         ) if ours else None
@@ -627,16 +659,6 @@ def parse_secret(body: Mapping[str, Any], owner: str) -> TokenSecret | None:
 
 def _decode(text: str) -> str:
     return base64.b64decode(text, validate=True).decode()
-
-
-@dataclass(frozen=True)
-class Csr:
-    """A kubelet's certificate signing request that was made with a bootstrap token."""
-
-    token_id: str
-    state: Join  # PENDING, DENIED or ISSUED
-    decided: float  # when it was approved or denied, else when it was made
-    node_name: str
 
 
 def parse_csr(body: Mapping[str, Any]) -> Csr | None:
@@ -651,6 +673,7 @@ def parse_csr(body: Mapping[str, Any]) -> Csr | None:
         types = {condition.get("type") for condition in conditions}
         state = Join.DENIED if types & {"Denied", "Failed"} else Join.PENDING
         return Csr(
+            uid=body["metadata"]["uid"],
             token_id=user[1],
             state=Join.ISSUED if status.get("certificate") else state,
             decided=max([*times, parse_time(body["metadata"]["creationTimestamp"])]),
@@ -687,6 +710,20 @@ def der_path(data: bytes, *path: int) -> tuple[int, bytes, bytes]:
             raise ValueError("DER of another structure")
         item = items[index]
     return item
+
+
+def seen_since(node: Mapping[str, Any], moment: float) -> bool:
+    """Whether a Node was made, or its kubelet reported its status, at a moment or after it.
+
+    A Node of the same name may be left from an earlier join, or from an instance that had the same
+    address: that it is there says nothing of a certificate that is newer.
+    """
+    try:
+        conditions = node.get("status", {}).get("conditions") or []
+        times = [condition.get("lastHeartbeatTime") for condition in conditions]
+        return any(parse_time(t) >= moment for t in [node["metadata"]["creationTimestamp"], *times])
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def requested_node(request: str) -> str:
@@ -736,19 +773,9 @@ def _b64url(data: bytes) -> str:
 
 
 def latest_csr(secret: TokenSecret, csrs: Iterable[Csr]) -> Csr | None:
-    """The CSR that tells how far the node came with *this* half of its token, None when none does.
-
-    A node's token id stays the same for its life and CSRs are kept for an hour, so one that was
-    decided before this half was issued belongs to an earlier join.  An undecided one always counts:
-    a kubelet that starts again with the same key goes on waiting for it.
-    """
+    """The CSR that tells how far the node came with *this* half of its token, None when none does."""
     order = [Join.DENIED, Join.PENDING, Join.ISSUED]
-    mine = [
-        csr
-        for csr in csrs
-        if csr.token_id == secret.token.id
-        and (csr.state is Join.PENDING or csr.decided >= secret.issued)
-    ]
+    mine = [c for c in csrs if c.token_id == secret.token.id and c.uid not in secret.earlier]
     return max(mine, key=lambda csr: order.index(csr.state), default=None)
 
 
@@ -955,7 +982,7 @@ class Kubeconfig:
         self.path = Path(os.path.expanduser(path)).absolute()
         try:
             self.content = yaml.safe_load(read_text(self.path, "a kubeconfig")) or {}
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
+        except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
             mark = getattr(error, "problem_mark", None)
             where = f" (line {mark.line + 1})" if mark else ""
             raise SetupError(f"kubeconfig {path} is not YAML{where}") from None
@@ -1017,9 +1044,9 @@ class Kubeconfig:
         """The source of the named user's credential, tried once so that a bad file is told now."""
         user, where = self.named("users", name)
         for key in ("auth-provider", "username", "password", "as"):
-            if key in user:
+            if user.get(key):
                 self.wrong(f"{where}.{key}", "not supported; use a token, a certificate or exec")
-        if "exec" in user:
+        if user.get("exec"):
             return ExecPlugin(self, user, f"{where}.exec", self.exec_cluster(cluster, at))
         path = self.get(user, f"{where}.tokenFile", str, "")
         token = self.get(user, f"{where}.token", str, "")
@@ -1366,16 +1393,17 @@ class TokenStore:
         records = (parse_secret({"type": SECRET_TYPE, **body}, self.owner) for body in bodies)
         return tuple(record for record in records if record)
 
-    def issue(self, node: Node) -> TokenSecret:
+    def issue(self, node: Node, earlier: frozenset[str]) -> TokenSecret:
         """The live Secret of a node, made now unless another server has just made it."""
         for token_id in token_ids(self.owner, node.id):
-            secret = self._create(Token(token_id, new_secret()), node) or self._get(token_id)
+            token = Token(token_id, new_secret())
+            secret = self._create(token, node, earlier) or self._get(token_id)
             if secret and secret.node_id == node.id:
                 live = secret.live(self.cluster.now())
-                return secret if live else self.renew(secret, node)
+                return secret if live else self.renew(secret, node, earlier)
         raise CallFailed(f"all {TOKEN_NAMES} names for the token of {node.id} belong to others")
 
-    def renew(self, secret: TokenSecret, node: Node) -> TokenSecret:
+    def renew(self, secret: TokenSecret, node: Node, earlier: frozenset[str]) -> TokenSecret:
         """The Secret with a new half and a full TTL.
 
         A node that has consumed the old half keeps its first-issued time, by which we give up some
@@ -1383,7 +1411,7 @@ class TokenStore:
         the new half is not published yet.
         """
         token, now = Token(secret.token.id, new_secret()), self.cluster.now()
-        notes = {NOTE_ISSUED: format_time(now)}
+        notes = {NOTE_EARLIER: ",".join(sorted(earlier))}
         if node.consumed:
             notes[NOTE_UNPUBLISHED] = "true"
         else:
@@ -1407,9 +1435,9 @@ class TokenStore:
         with contextlib.suppress(_Missing):
             self._call("DELETE", f"{self._path}/{secret.name}", body)
 
-    def _create(self, token: Token, node: Node) -> TokenSecret | None:
+    def _create(self, token: Token, node: Node, earlier: frozenset[str]) -> TokenSecret | None:
         now = self.cluster.now()
-        body = secret_body(token, node, self.owner, self.groups, now, self.ttl)
+        body = secret_body(token, node, self.owner, self.groups, earlier, now, self.ttl)
         with contextlib.suppress(Superseded):
             return self._record(self._call("POST", self._path, body))
         return None
@@ -1465,8 +1493,8 @@ class Joins:
 
     def observe(
         self, secrets: Iterable[TokenSecret]
-    ) -> tuple[dict[str, Join], dict[str, float] | None]:
-        """`joins` and `certified` of a World.
+    ) -> tuple[dict[str, Join], tuple[Csr, ...] | None]:
+        """`joins` and `csrs` of a World.
 
         Without the right to look, every Secret's join is UNKNOWN; that is said once.
         """
@@ -1478,24 +1506,23 @@ class Joins:
                 raise
             self._tell(error)
             return {secret.name: Join.UNKNOWN for secret in secrets}, None
-        issued = sorted((csr for csr in csrs if csr.state is Join.ISSUED), key=lambda csr: csr.decided)
-        return joins, {csr.token_id: csr.decided for csr in issued}
+        return joins, csrs
 
-    def _csrs(self) -> list[Csr]:
+    def _csrs(self) -> tuple[Csr, ...]:
         path = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
         bodies = self._cluster.list(path, {"fieldSelector": f"spec.signerName={SIGNER}"})
-        return [csr for csr in map(parse_csr, bodies) if csr]
+        return tuple(csr for csr in map(parse_csr, bodies) if csr)
 
     def _join(self, csr: Csr | None) -> Join:
         if csr is None or csr.state is not Join.ISSUED:
             return csr.state if csr else Join.NO_CSR
         try:
-            self._cluster.request("GET", f"/api/v1/nodes/{urllib.parse.quote(csr.node_name)}")
-            return Join.JOINED
+            body = self._cluster.request("GET", f"/api/v1/nodes/{urllib.parse.quote(csr.node_name)}")
         except CallFailed as error:
             if error.status != 404:
                 raise
             return Join.ISSUED
+        return Join.JOINED if seen_since(body, csr.decided) else Join.ISSUED
 
     def _tell(self, error: CallFailed) -> None:
         if not self._told:
@@ -2039,10 +2066,10 @@ class Server:
             self._warn_once("no instance is in any group that matches the filters")
         live = [secret for secret in found if secret.live(now)]
         joins: dict[str, Join] = {}
-        certified: dict[str, float] | None = {}
-        if live or any(node.token or node.new_disk for node in listing.nodes):
-            joins, certified = self._joins.observe(live)
-        return World(listing, found, joins, certified, self._store.owner, now)
+        csrs: tuple[Csr, ...] | None = ()
+        if live or any(node.wanted and (node.new_disk or not node.consumed) for node in listing.nodes):
+            joins, csrs = self._joins.observe(live)
+        return World(listing, found, joins, csrs, self._store.owner, now)
 
     def _check_clock(self) -> None:
         skew = self._store.cluster.skew()
@@ -2092,11 +2119,11 @@ class Server:
         """Do it; the Secret as it is afterwards, or was last."""
         node, secret = action.node, action.secret
         if action.kind is Kind.ISSUE:
-            return self._publish(node, self._store.issue(node))
+            return self._publish(node, self._store.issue(node, action.earlier))
         if secret is None:
             raise AssertionError(f"{action.kind} without a Secret")
         if action.kind is Kind.RENEW:
-            return self._publish(node, self._store.renew(secret, node))
+            return self._publish(node, self._store.renew(secret, node, action.earlier))
         if action.kind is Kind.PUBLISH:
             return self._publish(node, self._store.extend(secret))
         if action.kind is Kind.EXTEND:
@@ -2551,7 +2578,7 @@ def cluster_info_ca(text: str) -> str:
             raise ValueError
         cluster = yaml.safe_load(text)["clusters"][0]["cluster"]
         ca = _decode(cluster["certificate-authority-data"])
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError):
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         raise SetupError("the kubeconfig in cluster-info holds no CA; pass --ca-path") from None
     return checked_ca(ca, "the kubeconfig in cluster-info")
 

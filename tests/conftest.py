@@ -29,7 +29,7 @@ def one_loader() -> Iterator[None]:
 
     loader = botocore.loaders.create_loader()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(botocore.loaders, "create_loader", lambda *_: loader)
+        patch.setattr(botocore.session, "create_loader", lambda *_: loader)
         yield
 
 

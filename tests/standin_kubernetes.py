@@ -430,6 +430,8 @@ class Kubernetes:
         if target.resource == "certificatesigningrequests":
             spec = {**body["spec"], "username": user.name, "groups": list(user.groups)}
             body = {**body, "spec": spec, "status": {}}
+        if target.resource == "nodes":
+            body = {"status": {}, **body}
         return 201, self.put(target.resource, target.namespace, name, _with_string_data(body))
 
     def _update(self, user: User, target: Target, body: Any) -> tuple[int, Any]:

@@ -448,10 +448,10 @@ def test_a_bug_in_one_action_leaves_the_others(faulty: World, monkeypatch: pytes
     first, second, third = faulty.aws.group("compute", 3, Role="compute")
     issue = TokenStore.issue
 
-    def broken(self: TokenStore, node: Node) -> TokenSecret:
+    def broken(self: TokenStore, node: Node, earlier: frozenset[str]) -> TokenSecret:
         if node.id == second:
             raise ValueError(f"made {TOKEN}")
-        return issue(self, node)
+        return issue(self, node, earlier)
 
     with monkeypatch.context() as patch:
         patch.setattr(TokenStore, "issue", broken)

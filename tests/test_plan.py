@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keto_tokens import (
-    CONSUMED, Action, Join, Kind, Listing, Node, Policy, Token, TokenSecret, World, aws_node, plan,
+    CONSUMED, Action, Csr, Join, Kind, Listing, Node, Policy, Token, TokenSecret, World, aws_node, plan,
     token_ids,
 )
 
@@ -23,7 +23,6 @@ def secret_for(node_id: str, n: int = 0, **changes: object) -> TokenSecret:
     made = TokenSecret(
         name=f"bootstrap-token-{token.id}", uid="u", version="1", token=token, node_id=node_id,
         pool="pool", created=NOW - 300, expires=NOW + 1500, first_issued=NOW - 300,
-        issued=NOW - 300,
     )
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -39,7 +38,8 @@ def planned(
 ) -> list[Action]:
     joins = {secret.name: join for secret in secrets} if join else {}
     listing = Listing(tuple(nodes), complete)
-    return plan(World(listing, tuple(secrets), joins, dict.fromkeys(certified, NOW - 60), OWNER, NOW), policy)
+    csrs = tuple(Csr(f"uid-{each}", each, Join.ISSUED, NOW - 60, "n") for each in certified)
+    return plan(World(listing, tuple(secrets), joins, csrs, OWNER, NOW), policy)
 
 
 LIVE = secret_for("i-1")
@@ -151,6 +151,18 @@ def test_an_old_read_of_the_tag_after_a_join_is_no_lost_secret() -> None:
     assert action.kind is Kind.LEAVE
 
 
+def test_a_new_half_is_told_which_csrs_cannot_be_its_own() -> None:
+    """What was decided before it belongs to an earlier join; what waits may yet be this one's."""
+    mine, other = LIVE.token.id, token_ids(OWNER, "i-2")[0]
+    csrs = tuple(Csr(f"{state.name}-{each}", each, state, NOW, "n")
+                 for state in (ISSUED, DENIED, PENDING) for each in (mine, other))
+    for tag, found, join in ((None, (), NO_CSR), (None, (LIVE,), JOINED)):
+        joins = {secret.name: join for secret in found}
+        (action,) = plan(World(Listing((node(tag),)), found, joins, csrs, OWNER, NOW), POLICY)
+        assert action.kind in (Kind.ISSUE, Kind.RENEW)
+        assert action.earlier == {f"ISSUED-{mine}", f"DENIED-{mine}"}
+
+
 def test_a_node_in_two_groups_gets_one_token() -> None:
     twice = [node(), replace(node(), pool="other")]
     (action,) = planned(twice)
@@ -159,7 +171,7 @@ def test_a_node_in_two_groups_gets_one_token() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_of_two_secrets_the_one_in_the_tag_counts(order: int) -> None:
-    second = secret_for("i-1", n=1, issued=NOW - 10)
+    second = secret_for("i-1", n=1, created=NOW - 10)
     (action,) = planned([node(second.token.value)], [LIVE, second][::order])
     assert (action.kind, action.secret) == (Kind.WAIT, second)
 
@@ -183,12 +195,12 @@ def worlds(draw: st.DrawFn) -> World:
         secret = secret_for(
             node_id,
             expires=NOW + draw(st.integers(-2000, 1800)),
-            created=NOW - age, issued=NOW - draw(st.integers(0, age)), first_issued=NOW - age,
+            created=NOW - age, first_issued=NOW - age,
             unpublished=draw(st.booleans()),
         )
         found.append(secret)
         joins[secret.name] = draw(st.sampled_from(list(Join)))
-    return World(Listing(tuple(nodes)), tuple(found), joins, {}, OWNER, NOW)
+    return World(Listing(tuple(nodes)), tuple(found), joins, (), OWNER, NOW)
 
 
 def carried_out(world: World, actions: Sequence[Action], policy: Policy) -> World:
@@ -199,12 +211,12 @@ def carried_out(world: World, actions: Sequence[Action], policy: Policy) -> Worl
     for action in actions:
         secret, at = action.secret, action.node
         if action.kind is Kind.ISSUE:
-            secret = secret_for(at.id, created=NOW, issued=NOW, first_issued=NOW, expires=NOW + policy.ttl)
+            secret = secret_for(at.id, created=NOW, first_issued=NOW, expires=NOW + policy.ttl)
             assert secret.name not in found, "issued twice"
         elif action.kind is Kind.RENEW and secret:
             first = secret.first_issued if at.consumed else NOW
             half = Token(secret.token.id, "fedcba9876543210")
-            secret = replace(secret, token=half, issued=NOW, first_issued=first, expires=NOW + policy.ttl)
+            secret = replace(secret, token=half, first_issued=first, expires=NOW + policy.ttl)
             joins[secret.name] = Join.NO_CSR
         elif action.kind in (Kind.EXTEND, Kind.PUBLISH) and secret:
             secret = replace(secret, expires=NOW + policy.ttl)
@@ -217,7 +229,7 @@ def carried_out(world: World, actions: Sequence[Action], policy: Policy) -> Worl
             del found[secret.name]
         elif secret:
             found[secret.name] = secret
-    return World(Listing(tuple(nodes.values())), tuple(found.values()), joins, {}, OWNER, NOW)
+    return World(Listing(tuple(nodes.values())), tuple(found.values()), joins, (), OWNER, NOW)
 
 
 WRITES = {Kind.ISSUE, Kind.RENEW, Kind.PUBLISH, Kind.EXTEND, Kind.FINISH, Kind.REVOKE}

@@ -221,7 +221,7 @@ SERVERS_PART = {"uid": "u1", "resourceVersion": "7", "creationTimestamp": "2026-
 
 def stored(node: Node = NODE, token: Token = OURS, now: float = 1e9, ttl: float = 60) -> dict[str, Any]:
     """A Secret as the API server returns it."""
-    body = secret_body(token, node, OWNER, "system:bootstrappers:a", now, ttl)
+    body = secret_body(token, node, OWNER, "system:bootstrappers:a", ["u9", "u8"], now, ttl)
     body["metadata"] |= SERVERS_PART
     return body
 
@@ -236,7 +236,7 @@ def test_a_secret_comes_back(now: int, ttl: int, tag: str | None, pool: str, n: 
     created = 1795465480.0
     expected = TokenSecret(
         f"bootstrap-token-{token.id}", "u1", "7", token, NODE_ID, pool, created, now + ttl,
-        now or created, now or created, tag == "Success",
+        now or created, frozenset({"u8", "u9"}), tag == "Success",
     )
     secret = parse_secret(body, OWNER)
     assert secret == expected
@@ -318,9 +318,11 @@ def pem(content: bytes) -> str:
 def test_recorded_csrs() -> None:
     made = 1795465481.0
     name = "ip-10-0-0-7.eu-west-2.compute.internal"
-    assert parse_csr(NEW_CSR) == Csr("rec001", Join.PENDING, made, name)
+    uid, other = (body["metadata"]["uid"] for body in CSRS)
+    assert parse_csr(NEW_CSR) == Csr(uid, "rec001", Join.PENDING, made, name)
     assert list(map(parse_csr, CSRS)) == [
-        Csr("rec001", Join.ISSUED, made, name), Csr("abcdef", Join.ISSUED, made - 241, "ip-10-0-0-9"),
+        Csr(uid, "rec001", Join.ISSUED, made, name),
+        Csr(other, "abcdef", Join.ISSUED, made - 241, "ip-10-0-0-9"),
     ]
 
 
@@ -407,26 +409,26 @@ def test_cut_requests_have_a_name_or_are_refused() -> None:
             assert requested_node(request_text) in "system:node:ip-10-0-0-7.eu-west-2.compute.internal"
 
 
-ISSUED_AT = 1000.0
-SECRET = TokenSecret("name", "u1", "7", Token("rec001", HALF), NODE_ID, "pool", 0, 9000, 500, ISSUED_AT)
+SECRET = TokenSecret(
+    "name", "u1", "7", Token("rec001", HALF), NODE_ID, "pool", 0, 9000, 500, frozenset({"before"})
+)
 
 
-def csr(state: Join, decided: float = 2000.0, token_id: str = "rec001") -> Csr:
-    return Csr(token_id, state, decided, "node")
+def csr(state: Join, uid: str = "since", token_id: str = "rec001") -> Csr:
+    return Csr(uid, token_id, state, 0.0, "node")
 
 
 @pytest.mark.parametrize(("csrs", "expected"), [
     ([], None),
     ([csr(Join.ISSUED, token_id="abcdef"), csr(Join.PENDING, token_id="abcdef")], None),
-    ([csr(Join.ISSUED, 999), csr(Join.DENIED, 999)], None),
-    ([csr(Join.ISSUED, ISSUED_AT)], Join.ISSUED),
-    ([csr(Join.PENDING, 1)], Join.PENDING),
-    ([csr(Join.ISSUED, 999), csr(Join.PENDING, 1)], Join.PENDING),
-    ([csr(Join.ISSUED, 999), csr(Join.DENIED)], Join.DENIED),
-    ([csr(Join.DENIED, 3000), csr(Join.PENDING, 1)], Join.PENDING),
-    ([csr(Join.DENIED, 3000), csr(Join.PENDING, 3000), csr(Join.ISSUED)], Join.ISSUED),
-], ids=["none", "other tokens", "decided before", "decided at once", "waits since before", "waits again",
-        "denied since", "denied, asks again", "issued at last"])
+    ([csr(Join.ISSUED, "before"), csr(Join.DENIED, "before")], None),
+    ([csr(Join.ISSUED)], Join.ISSUED),
+    ([csr(Join.ISSUED, "before"), csr(Join.PENDING)], Join.PENDING),
+    ([csr(Join.ISSUED, "before"), csr(Join.DENIED)], Join.DENIED),
+    ([csr(Join.DENIED), csr(Join.PENDING, "other")], Join.PENDING),
+    ([csr(Join.DENIED), csr(Join.PENDING, "other"), csr(Join.ISSUED, "third")], Join.ISSUED),
+], ids=["none", "other tokens", "decided before", "issued", "asks again", "denied since",
+        "denied, asks again", "issued at last"])
 def test_the_csr_that_tells(csrs: list[Csr], expected: Join | None) -> None:
     for order in itertools.permutations(csrs):
         found = latest_csr(SECRET, order)
@@ -585,10 +587,10 @@ def test_a_write_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.Monkey
 # --- records ---------------------------------------------------------------------------------------
 
 TAGGED = replace(NODE, tag=OURS.value)
-HELD = TokenSecret("name", "u1", "7", OURS, NODE_ID, "pool", 0, 0, 0, 0, body=stored())
+HELD = TokenSecret("name", "u1", "7", OURS, NODE_ID, "pool", 0, 0, 0, body=stored())
 RECORDS = [
     OURS, TAGGED, HELD, Listing((TAGGED,)), Action(Kind.WAIT, TAGGED, HELD, "a reason"),
-    World(Listing((TAGGED,)), (HELD,), {}, {}, OWNER, 0.0),
+    World(Listing((TAGGED,)), (HELD,), {}, (), OWNER, 0.0),
     Credential(OURS.value, f"certificate {HALF}", f"key {HALF}"),
     Access("https://h", "a test", f"ca {HALF}", credential=static_token(OURS.value)),
     Reply(200, {"X": OURS.value}, OURS.value.encode()),
