@@ -96,7 +96,7 @@ STUCK = 600.0  # seconds after which a node that has not joined is worth a look:
 
 WORKERS = 8  # actions at a time: enough to fill the tagging rate at 0.5 s an action
 TAGS_PER_SECOND, TAGS_BURST = 10.0, 50.0  # half of EC2's CreateTags bucket (100, refilled 10/s)
-PAGE = 500  # objects a page, as kubectl asks for
+PAGE, PAGES = 500, 1000  # objects a page, as kubectl asks for, and pages that are believable
 TIMEOUTS = 5.0, 20.0  # seconds to connect, and to wait for more of an answer
 LIST_LIMIT, OBJECT_LIMIT = 64 << 20, 4 << 20  # bytes of an answer that are still believable
 ATTEMPTS = 3  # tries of one call; the next pass is the real retry
@@ -673,7 +673,7 @@ def parse_csr(body: Mapping[str, Any]) -> Csr | None:
         types = {condition.get("type") for condition in conditions}
         state = Join.DENIED if types & {"Denied", "Failed"} else Join.PENDING
         return Csr(
-            uid=body["metadata"]["uid"],
+            uid=str(body["metadata"]["uid"]),
             token_id=user[1],
             state=Join.ISSUED if status.get("certificate") else state,
             decided=max([*times, parse_time(body["metadata"]["creationTimestamp"])]),
@@ -1330,7 +1330,7 @@ class Cluster:
     def list(self, path: str, query: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         """Every object of a collection, page by page."""
         more = ""
-        while True:
+        for _ in range(PAGES):
             token = {"continue": more} if more else {}
             text = urllib.parse.urlencode({**query, "limit": str(PAGE), **token})
             page = self.request("GET", f"{path}?{text}", limit=LIST_LIMIT)
@@ -1341,6 +1341,7 @@ class Cluster:
             more = metadata.get("continue") or ""
             if not more:
                 return
+        raise CallFailed(f"GET {path} at {self._where}: the list has no end after {PAGES} pages")
 
 
 def checked(what: str, reply: Reply, origin: str, hide: Sequence[str]) -> dict[str, Any]:
@@ -1367,6 +1368,13 @@ def checked(what: str, reply: Reply, origin: str, hide: Sequence[str]) -> dict[s
     raise CallFailed(
         f"{what}: {reply.status}: {message}", status=reply.status, again=again, after=after
     )
+
+
+def dig(body: Any, *keys: str) -> Any:
+    """What is at a place in nested mappings, None when there is no such place."""
+    for key in keys:
+        body = body.get(key) if isinstance(body, dict) else None
+    return body
 
 
 def parse_retry_after(text: str | None) -> float:
@@ -2271,9 +2279,11 @@ class Leader:
 
 
 def lease_spec(lease: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What is set in the spec of a Lease."""
-    spec = (lease or {}).get("spec")
-    return {k: v for k, v in spec.items() if v is not None} if isinstance(spec, dict) else {}
+    """What is set in the spec of a Lease, as far as it is of the right type."""
+    spec, numbers = dig(lease, "spec"), ("leaseDurationSeconds", "leaseTransitions")
+    if not isinstance(spec, dict):
+        return {}
+    return {k: v for k, v in spec.items() if isinstance(v, int if k in numbers else str)}
 
 
 def lease_is_free(lease: Mapping[str, Any] | None, identity: str, unchanged_for: float) -> bool:
@@ -2740,14 +2750,13 @@ def token_refusal(access: Access, token: Token, sleep: Callable[[float], Any]) -
     path = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
     try:
         try:
-            status = cluster.request("POST", path, review).get("status")
+            user = dig(cluster.request("POST", path, review), "status", "userInfo", "username")
         except CallFailed as error:
             if error.status not in (403, 404):
                 raise
             return authenticated(cluster)
     except Refused:
         return f"the cluster does not accept token id {token.id}: expired, or not this cluster's"
-    user = ((status or {}).get("userInfo") or {}).get("username")
     taken = user == f"system:bootstrap:{token.id}"
     return "" if taken else f"the cluster takes token id {token.id} for {str(user)[:80]!r}"
 
@@ -2955,7 +2964,7 @@ def may(cluster: Cluster, verb: str, group: str, resource: str, where: str, opti
     }
     path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
     answer = cluster.request("POST", path, body, attempts=1)
-    if answer.get("status", {}).get("allowed") is True:
+    if dig(answer, "status", "allowed") is True:
         return "allowed"
     if optional:
         raise Doubt("not allowed, so joins cannot be seen, and tokens are left to expire")
