@@ -3262,7 +3262,7 @@ class Flag:
                 try:
                     if not self.repeat:
                         return self.parse(environ[name])
-                    return [self.parse(part.strip()) for part in environ[name].split(",")]
+                    return [self.parse(part.strip()) for part in environ[name].split(",") if part.strip()]
                 except ValueError as error:
                     raise UsageError(f"environment variable {name}: {error}") from None
         if self.repeat:
@@ -3381,7 +3381,14 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ours: one line, raised."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the UsageError instead of printing the usage."""
+        """Raise the UsageError instead of printing the usage.
+
+        Of arguments that are not known only the names are said: the values may be secrets.
+        """
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        if unknown:
+            names = [word.partition("=")[0] for word in words.split() if word.startswith("-")]
+            message = f"{unknown}{' '.join(names) or words}"
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
