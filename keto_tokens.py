@@ -1335,9 +1335,10 @@ class Cluster:
             text = urllib.parse.urlencode({**query, "limit": str(PAGE), **token})
             page = self.request("GET", f"{path}?{text}", limit=LIST_LIMIT)
             items, metadata = page.get("items"), page.get("metadata")
-            if not isinstance(items, list) or not isinstance(metadata, dict):
+            whole = isinstance(items, list) and all(isinstance(item, dict) for item in items)
+            if not whole or not isinstance(metadata, dict):
                 raise CallFailed(f"GET {path} at {self._where}: the answer is no list")
-            yield from items
+            yield from items or ()
             more = metadata.get("continue") or ""
             if not more:
                 return

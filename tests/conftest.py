@@ -10,12 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 import keto_tokens
 from clusters import RealCluster, StandinCluster, TestCluster
 from standin_aws import ACCESS, Aws
 from standin_imds import Imds
+
+# The same examples in each run of a continuous integration: what it says is about the change alone.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BUILT = REPOSITORY / "dist" / "keto-tokens"
