@@ -775,7 +775,14 @@ def _b64url(data: bytes) -> str:
 def latest_csr(secret: TokenSecret, csrs: Iterable[Csr]) -> Csr | None:
     """The CSR that tells how far the node came with *this* half of its token, None when none does."""
     order = [Join.DENIED, Join.PENDING, Join.ISSUED]
-    mine = [c for c in csrs if c.token_id == secret.token.id and c.uid not in secret.earlier]
+    mine = [
+        csr
+        for csr in csrs
+        if csr.token_id == secret.token.id
+        and csr.uid not in secret.earlier
+        # A plan that is carried out late knows no CSR that was decided since.
+        and (csr.state is Join.PENDING or csr.decided >= secret.created)
+    ]
     return max(mine, key=lambda csr: order.index(csr.state), default=None)
 
 

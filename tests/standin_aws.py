@@ -59,7 +59,7 @@ class Aws:
 
     def reset(self) -> None:
         """An account with nothing in it."""
-        urllib3.request("POST", f"{self.inner}/moto-api/reset")
+        urllib3.request("POST", f"{self.inner}/moto-api/reset", timeout=60.0)
         self.calls.clear()
         self.faults.clear()
         self.states.clear()
