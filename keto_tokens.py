@@ -686,16 +686,20 @@ def parse_csr(body: Mapping[str, Any]) -> Csr | None:
 def der_items(data: bytes) -> list[tuple[int, bytes, bytes]]:
     """The elements of a DER content in order: (tag, content, whole).  Raises ValueError.
 
-    Enough of X.690 for certificates and their requests: tags of one byte, definite lengths.
+    Enough of X.690 for certificates and their requests, and strict: OpenSSL also reads BER, and a
+    certificate that the two of us take apart differently could pass for another one.  So tags are of
+    one byte, and lengths are definite and of the shortest form.
     """
     items, at = [], 0
     while at < len(data):
         head, length = at + 2, int.from_bytes(data[at + 1 : at + 2], "big")
-        if length & 0x80:
+        if length > 0x7F:
             head += length & 0x7F
-            length = int.from_bytes(data[at + 2 : head], "big")
-        if head + length > len(data) or head - at > 6:
-            raise ValueError("DER that ends early")
+            octets, length = data[at + 2 : head], int.from_bytes(data[at + 2 : head], "big")
+            if length < 0x80 or octets[0] == 0 or len(octets) > 4:
+                raise ValueError("a length that is not DER")
+        if head + length > len(data) or data[at] & 0x1F == 0x1F:
+            raise ValueError("DER that ends early, or has a long tag")
         items.append((data[at], data[head : head + length], data[at : head + length]))
         at = head + length
     return items
@@ -753,9 +757,12 @@ def public_key_hash(certificate: str) -> str:
     RFC 5280: Certificate > TBSCertificate > ([0] version), serial, signature, issuer, validity,
     subject, subjectPublicKeyInfo.
     """
-    der = ssl.PEM_cert_to_DER_cert(certificate)
-    version = der_path(der, 0, 0, 0)[0] == 0xA0
-    return "sha256:" + hashlib.sha256(der_path(der, 0, 0, 5 + version)[2]).hexdigest()
+    top = der_items(ssl.PEM_cert_to_DER_cert(certificate))
+    fields = der_items(der_path(top[0][1], 0)[1]) if len(top) == 1 else []
+    body = fields[1:] if fields and fields[0][2] == b"\xa0\x03\x02\x01\x02" else fields  # version 3
+    if [tag for tag, _, _ in body[:6]] != [0x02, 0x30, 0x30, 0x30, 0x30, 0x30]:
+        raise ValueError("not the structure of a certificate")
+    return "sha256:" + hashlib.sha256(body[5][2]).hexdigest()
 
 
 def signature(token: Token, content: str) -> str:
@@ -1654,6 +1661,17 @@ def aws_refusal(action: str, what: str, response: Mapping[str, Any]) -> KetoErro
     return CallFailed(f"{what}: {code}: {message}", status=status, again=again)
 
 
+def aws_session() -> Any:
+    """A boto3 session; SetupError when the profile or its file is wrong."""
+    import boto3.session
+    import botocore.exceptions
+
+    try:
+        return boto3.session.Session()
+    except botocore.exceptions.BotoCoreError as error:
+        raise SetupError(f"AWS configuration: {error}") from None
+
+
 def aws_client(session: Any, service: str, region: str, calls: Calls) -> Any:
     """A client that retries throttling in botocore's standard mode, and counts its calls."""
     import botocore.config
@@ -1684,10 +1702,8 @@ class AwsPools:
     def __init__(
         self, region: str, origin: str, tag_name: str, calls: Calls, sleep: Callable[[float], Any]
     ):
-        import boto3.session
-
         self.scope, self._origin, self._tag_name = region, origin, tag_name
-        self._session = boto3.session.Session()
+        self._session = aws_session()
         self._groups = aws_client(self._session, "autoscaling", region, calls)
         self._ec2 = aws_client(self._session, "ec2", region, calls)
         self._limit = RateLimit(TAGS_PER_SECOND, TAGS_BURST, sleep)
@@ -1923,13 +1939,8 @@ class AwsInstance:
         """The API's client, made when it is first needed: importing boto3 takes a while."""
         if self._ec2_client is None:
             region = aws_region_of(self._imds)
-            self._ec2_client = aws_client(self._session(), "ec2", region, self._calls)
+            self._ec2_client = aws_client(aws_session(), "ec2", region, self._calls)
         return self._ec2_client
-
-    def _session(self) -> Any:
-        import boto3.session
-
-        return boto3.session.Session()
 
     def checks(self) -> Iterable[tuple[str, Callable[[], str]]]:
         """The metadata service, and the permissions that are needed beside it."""
@@ -1947,7 +1958,7 @@ class AwsInstance:
             return
         if self._source != "api":
             yield "instance metadata tags", metadata_tags
-        yield "AWS credentials", lambda: aws_credentials(self._session())
+        yield "AWS credentials", lambda: aws_credentials(aws_session())
         if not enabled:
             yield "ec2:DescribeTags", lambda: aws_may_read(self._ec2())
         yield "ec2:CreateTags", lambda: aws_may_tag(self._ec2(), self._id, self._tag_name, CONSUMED)
@@ -1970,11 +1981,9 @@ def aws_region_of(imds: Imds) -> str:
 
 def aws_pools(options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]) -> Pools:
     """The server's side of AWS; the region by flag or environment, profile or metadata service."""
-    import botocore.session
-
     if options.region:
         return AwsPools(options.region, "--region or AWS_REGION", options.tag_name, calls, sleep)
-    region = botocore.session.get_session().get_config_variable("region")
+    region = aws_session().region_name
     if region:
         return AwsPools(region, "the AWS profile", options.tag_name, calls, sleep)
     try:
@@ -2603,7 +2612,10 @@ def cluster_info_ca(text: str) -> str:
 
 def pinned_ca(ca: str, pins: Sequence[str]) -> str:
     """The certificates whose public key is pinned, and no other: who answers may have added any."""
-    hashes = {public_key_hash(certificate): certificate for certificate in certificates(ca)}
+    try:
+        hashes = {public_key_hash(certificate): certificate for certificate in certificates(ca)}
+    except ValueError as error:
+        raise SetupError(f"a certificate in cluster-info is malformed: {error}") from None
     found = [text for value, text in hashes.items() if any(same(value, pin) for pin in pins)]
     if not found:
         raise SetupError(

@@ -243,6 +243,11 @@ def test_no_aws_region(faulty: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert faulty.server(filters=None, **environ).code == 0
 
 
+def test_an_aws_profile_that_is_not_there(faulty: World) -> None:
+    result = faulty.server(filters=None, AWS_PROFILE="nope")
+    assert (result.code, "AWS configuration" in result.err) == (3, True)
+
+
 def test_aws_refuses_the_credentials(faulty: World) -> None:
     faulty.aws.fail("", refusal("AuthFailure", 401), times=99)
     assert faulty.server().code == 3

@@ -276,6 +276,30 @@ def test_a_pin_is_the_hash_of_the_public_key(kind: str) -> None:
     assert keto_tokens.public_key_hash(pem) == f"sha256:{hashlib.sha256(spki).hexdigest()}"
 
 
+def test_a_certificate_that_only_looks_pinned_has_no_hash() -> None:
+    """OpenSSL reads indefinite lengths: a forged certificate could show another key to a lax reader."""
+    import ssl
+
+    der = ssl.PEM_cert_to_DER_cert(Authority().pem)
+    spki = keto_tokens.der_path(der, 0, 0, 6)[2]
+    oid = keto_tokens.der_path(der, 0, 0, 2)[1]
+    fields = [item[2] for item in keto_tokens.der_items(keto_tokens.der_path(der, 0, 0)[1])]
+
+    def sequence(content: bytes) -> bytes:
+        octets = len(content).to_bytes(2, "big").lstrip(b"\0")
+        start = b"" if len(content) < 0x80 else bytes([0x80 | len(octets)])
+        return b"\x30" + start + octets + content
+
+    def certificate(*body: bytes) -> str:
+        return ssl.DER_cert_to_PEM_cert(sequence(sequence(b"".join(body))))
+
+    assert keto_tokens.public_key_hash(certificate(*fields)).startswith("sha256:")
+    lax = b"\xa0\x80\x02\x01\x02\x00\x00", fields[1], b"\x30\x80" + oid + spki + b"\x00\x00"
+    for body in ([*lax, *fields[3:]], [fields[0], *lax[1:], *fields[3:]], [lax[0], *fields[1:]], fields[:6]):
+        with pytest.raises(ValueError):
+            keto_tokens.public_key_hash(certificate(*body))
+
+
 # --- the tag through the instance metadata service ---------------------------------------------------
 
 
