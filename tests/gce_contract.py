@@ -309,7 +309,8 @@ def check_mask(mask: Mask, schema: Schema, name: str = COMPUTE) -> None:
         found = known.get(key, others)
         if key == "*" and found is None and inner is None:
             continue
-        if found is None:
+        # The keys of a map of objects are such as zones/europe-west1-b, which a mask cannot name.
+        if found is None or (key != "*" and key not in known and "$ref" in found):
             raise Violation(f"fields: {where} has no {key}")
         if inner is not None:
             check_mask(inner, found, name)

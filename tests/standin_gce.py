@@ -7,6 +7,7 @@ server at an address of its own (`metadata_host(id)`), so that one process can b
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
@@ -49,6 +50,10 @@ STS, IMPERSONATE = "sts.token", "iamcredentials.projects.serviceAccounts.generat
 ACCESS_TOKEN_TYPE = "urn:ietf:params:oauth:token-type:access_token"
 SUBJECT_TOKEN_TYPES = {f"urn:ietf:params:oauth:token-type:{kind}" for kind in ("jwt", "id_token", "saml2")}
 SUBJECT_FIELDS = ("grantType", "requestedTokenType", "subjectToken", "subjectTokenType", "audience", "scope")
+WRONG_AUDIENCE = (
+    'The target service indicated by the "audience" parameters is invalid. This might either be because '
+    "the pool or provider is disabled or deleted or because it doesn't exist."
+)
 
 Answer: TypeAlias = Callable[[Any], None]  # writes an answer through a handler
 
@@ -148,9 +153,17 @@ class Operation:
 class Refusal(Exception):
     """An answer that is an error."""
 
-    def __init__(self, status: int, reason: str, message: str, **more: Any) -> None:
+    def __init__(self, status: int, reason: str, message: str, **more: str) -> None:
         super().__init__(message)
         self.status, self.body = status, error_body(status, reason, message, **more)
+
+
+class Denied(Refusal):
+    """The same in the newer form of Google's APIs: a status, no list of errors."""
+
+    def __init__(self, status: int, status_text: str, message: str) -> None:
+        super().__init__(status, "", message)
+        self.body = {"error": {"code": status, "message": message, "status": status_text}}
 
 
 class Gone(Exception):
@@ -217,13 +230,18 @@ class Gce:
         while not self._closing:
             for key, _ in self._selector.select(0.05):
                 assert isinstance(key.fileobj, _Server)
-                key.fileobj.handle_request()
+                with contextlib.suppress(OSError, ValueError):  # it was closed meanwhile
+                    key.fileobj.handle_request()
 
     def reset(self) -> None:
         """A project with nothing in it, and no faults."""
         with self._changed:
+            doors, self._doors = self._doors, {}
             self._clear()
             self._changed.notify_all()
+        for server in doors.values():
+            self._selector.unregister(server)
+            server.server_close()
 
     # What a test or an operator does
 
@@ -451,6 +469,9 @@ class Gce:
 
     def _list(self, call: gce_contract.Call, body: Any, account: str) -> dict[str, Any]:
         self._demand(account, call, f"projects/{call.path['project']}")
+        for name in ("includeAllScopes", "orderBy", "serviceProjectNumber"):
+            if name in call.query:
+                raise Violation(f"the stand-in does not have {name}")
         matches = parse_filter(call.query.get("filter", ""))
         limit = int(call.query.get("maxResults", "500")) or 500
         if limit > 500:
@@ -620,8 +641,7 @@ class Gce:
         if body["subjectTokenType"] not in SUBJECT_TOKEN_TYPES:
             raise OAuthError("invalid_request", "Invalid value for subjectTokenType.")
         if body["audience"] != self.audience:
-            text = 'The target service indicated by the "audience" parameters is invalid.'
-            raise OAuthError("invalid_target", text)
+            raise OAuthError("invalid_target", WRONG_AUDIENCE)
         account = self.subject_tokens.get(body["subjectToken"])
         if account is None:
             raise OAuthError("invalid_grant", "The credential's token is invalid or has expired.")
@@ -635,10 +655,10 @@ class Gce:
         wanted = name.rpartition("/")[2]
         if wanted not in self.impersonators.get(account, ()):
             text = "Permission 'iam.serviceAccounts.getAccessToken' denied on resource (or it may not exist)."
-            raise Refusal(403, "forbidden", text, status_text="PERMISSION_DENIED")
-        if not body.get("scope"):
-            raise Refusal(400, "badRequest", "Scope required.", status_text="INVALID_ARGUMENT")
+            raise Denied(403, "PERMISSION_DENIED", text)
         lifetime = float(body.get("lifetime", "3600s").removesuffix("s"))
+        if not body.get("scope") or not 0 < lifetime <= 3600:
+            raise Denied(400, "INVALID_ARGUMENT", "Request contains an invalid argument.")
         end = datetime.now(timezone.utc) + timedelta(seconds=lifetime)
         return {"accessToken": self.issue(wanted), "expireTime": end.strftime("%Y-%m-%dT%H:%M:%SZ")}
 
@@ -661,7 +681,7 @@ class Gce:
             found["guest-attributes"] = spaces
         if instance.account:
             account = {
-                "aliases": "default", "email": instance.account, "scopes": _scope("cloud-platform")
+                "aliases": ["default"], "email": instance.account, "scopes": [_scope("cloud-platform")]
             }
             found["service-accounts"] = {"default": account, instance.account: account}
         project = {"attributes": {}, "numeric-project-id": self.number, "project-id": self.project}
@@ -669,40 +689,51 @@ class Gce:
 
     def read(self, instance_id: str, path: str, query: dict[str, str]) -> Found:
         """What is at a path below computeMetadata/v1/, when it is time to say; raises MetadataError, Gone."""
-        recursive = query.get("recursive", "").lower() == "true"
         with self._changed:
-            found = self._at(instance_id, path, recursive)
+            found = self._at(instance_id, path, query)
             if query.get("wait_for_change", "").lower() != "true":
                 return found
+            if not found.waitable or not query.get("timeout_sec", "0").isdigit():
+                raise MetadataError(400, "Invalid Request")
             known = query.get("last_etag", found.etag)
 
             def different() -> bool:
-                return self._closing or self._at(instance_id, path, recursive).etag != known
+                return self._closing or self._at(instance_id, path, query).etag != known
 
-            seconds = query.get("timeout_sec")
-            self._changed.wait_for(different, None if seconds is None else float(seconds))
-            return self._at(instance_id, path, recursive)
+            seconds = float(query["timeout_sec"]) if "timeout_sec" in query else None
+            self._changed.wait_for(different, seconds)
+            return self._at(instance_id, path, query)
 
-    def _at(self, instance_id: str, path: str, recursive: bool) -> Found:
+    def _at(self, instance_id: str, path: str, query: dict[str, str]) -> Found:
+        """A value, what a folder has in it, or with recursive=true a folder and all below it as JSON."""
         place: Any = self.look(instance_id)
-        names = [urllib.parse.unquote(name) for name in path.split("/") if name]
+        names = [name for name in path.split("/") if name]
         if names[:2] == ["instance", "guest-attributes"] and "guest-attributes" not in place["instance"]:
             raise MetadataError(403, "Guest attributes endpoint access is disabled.")
-        if len(names) == 4 and names[1] == "service-accounts" and names[3] == "token":
+        if re.fullmatch("instance/service-accounts/[^/]+/token", path):
             if names[2] in place["instance"]["service-accounts"]:
-                return Found(self._token_of(instance_id), "application/json")
+                return Found(self._token_of(instance_id), "application/json", waitable=False)
         for name in names:
             if not isinstance(place, dict) or name not in place:
                 raise MetadataError(404, "Not Found")
             place = place[name]
         if not isinstance(place, dict):
-            return Found(place, "application/text")
-        if recursive:
+            return self._value(place, path, query)
+        if query.get("recursive", "").lower() == "true":
             return Found(json.dumps(_camel(place, names[-1:] != ["attributes"])), "application/json")
+        if "alt" in query:
+            raise MetadataError(400, "Bad Request")
         if path and not path.endswith("/"):
             raise MetadataError(301, "Moved Permanently")
         listing = [f"{name}/" if isinstance(inner, dict) else name for name, inner in sorted(place.items())]
-        return Found("".join(f"{line}\n" for line in listing), "application/text")
+        return Found("".join(f"{line}\n" for line in listing), "application/text", waitable=False)
+
+    def _value(self, value: str | list[str], path: str, query: dict[str, str]) -> Found:
+        if path.endswith("/"):
+            raise MetadataError(404, "Not Found")
+        if query.get("alt") == "json":
+            return Found(json.dumps(value), "application/json")
+        return Found("\n".join(value) if isinstance(value, list) else value, "application/text")
 
     def _token_of(self, instance_id: str) -> str:
         account = self.instances[instance_id].account or ""
@@ -738,6 +769,7 @@ class Found:
 
     text: str
     kind: str
+    waitable: bool = True  # for wait_for_change: neither the list of a folder nor a token
 
     @property
     def etag(self) -> str:
@@ -764,43 +796,41 @@ class OAuthError(Exception):
 # Answers that are errors
 # ---------------------------------------------------------------------------------------------
 
-STATUS_TEXTS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
-                412: "FAILED_PRECONDITION", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 503: "UNAVAILABLE"}
+def error_body(status: int, reason: str, message: str, **more: str) -> dict[str, Any]:
+    """An error as Compute gives it; Google's front end adds a status, such as UNAVAILABLE (`state`)."""
+    outer = {"status": more.pop("state")} if "state" in more else {}
+    detail = {"message": message, "domain": "global", "reason": reason, **more}
+    return {"error": {"code": status, "message": message, "errors": [detail], **outer}}
 
 
-def error_body(
-    status: int, reason: str, message: str, domain: str = "global", status_text: str = "", **more: str
-) -> dict[str, Any]:
-    """An error as Google's JSON APIs give it."""
-    detail = {"message": message, "domain": domain, "reason": reason, **more}
-    name = status_text or STATUS_TEXTS[status]
-    return {"error": {"code": status, "message": message, "errors": [detail], "status": name}}
-
-
-def refusal(status: int, reason: str, message: str = "injected", domain: str = "global") -> Answer:
+def refusal(status: int, reason: str, message: str = "injected", **more: str) -> Answer:
     """A ready answer for Gce.fail: an error in Google's form."""
-    body = error_body(status, reason, message, domain)
+    body = error_body(status, reason, message, **more)
 
     def answer(handler: _Handler) -> None:
         handler.reply(status, body)
     return answer
 
 
+RATE = (
+    "Quota exceeded for quota metric 'Queries' and limit 'Queries per minute' of service "
+    f"'compute.googleapis.com' for consumer 'project_number:{NUMBER}'."
+)
+
+
 def too_many_requests() -> Answer:
-    """429, as Google answers above a rate of requests."""
-    text = "Quota exceeded for quota metric 'Queries' and limit 'Queries per minute' of service " \
-        "'compute.googleapis.com'."
-    return refusal(429, "rateLimitExceeded", text)
+    """429, above a rate of requests."""
+    return refusal(429, "rateLimitExceeded", RATE, domain="usageLimits", state="RESOURCE_EXHAUSTED")
 
 
 def rate_limited() -> Answer:
-    """403 with the reason that tells it from a missing permission; it passes."""
-    return refusal(403, "rateLimitExceeded", "Rate Limit Exceeded", "usageLimits")
+    """The same as 403: the reason tells it from a permission that is missing."""
+    return refusal(403, "rateLimitExceeded", RATE, domain="usageLimits")
 
 
 def quota_exceeded() -> Answer:
     """403 for a quota that is used up."""
-    return refusal(403, "quotaExceeded", "Quota exceeded", "usageLimits")
+    return refusal(403, "quotaExceeded", "Quota exceeded", domain="usageLimits")
 
 
 def internal_error() -> Answer:
@@ -810,12 +840,14 @@ def internal_error() -> Answer:
 
 def unavailable() -> Answer:
     """503."""
-    return refusal(503, "backendError", "The service is currently unavailable.")
+    text = "The service is currently unavailable."
+    return refusal(503, "backendError", text, state="UNAVAILABLE")
 
 
 def insufficient_scopes() -> Answer:
     """403 for a token whose access scopes are too narrow."""
-    return refusal(403, "insufficientPermissions", "Request had insufficient authentication scopes.")
+    text = "Request had insufficient authentication scopes."
+    return refusal(403, "insufficientPermissions", text, state="PERMISSION_DENIED")
 
 
 def dropped(handler: _Handler) -> None:
@@ -972,6 +1004,8 @@ class _ApiHandler(_Handler):
         gce, text = self.server.gce, self.content()
         path, _, query = self.path.partition("?")
         try:
+            if self.command != "GET" and "Content-Length" not in self.headers:
+                raise Violation(f"{self.command} {path}: without a Content-Length Google answers 411")
             name, body = self._document(path), self._body(path, text)
             call = gce_contract.check_request(self.command, path, query, body, name)
             if path == "/v1/token" and query:
@@ -1043,7 +1077,8 @@ def _unauthenticated(text: str, reason: str) -> Refusal:
         " Expected OAuth 2 access token, login cookie or other valid authentication credential."
         " See https://developers.google.com/identity/sign-in/web/devconsole-project."
     )
-    return Refusal(401, reason, text + more, location="Authorization", locationType="header")
+    place = {"location": "Authorization", "locationType": "header"}
+    return Refusal(401, reason, text + more, state="UNAUTHENTICATED", **place)
 
 
 class _MetadataHandler(_Handler):
@@ -1083,10 +1118,12 @@ class _MetadataHandler(_Handler):
             self.reply(error.status, error.text, "text/html; charset=UTF-8", **more)
 
     def _read(self, path: str, query: dict[str, str]) -> None:
-        if path in ("/", "/computeMetadata/"):
-            return self.reply(200, "computeMetadata/\n" if path == "/" else "v1/\n", "application/text")
-        found = self.server.gce.read(self.server.instance_id, self._below(path), query)
-        return self.reply(200, found.text, found.kind, ETag=found.etag)
+        above = {"/": "computeMetadata/\n", "/computeMetadata/": "v1/\n"}
+        if path in above:
+            found = Found(above[path], "application/text")
+        else:
+            found = self.server.gce.read(self.server.instance_id, self._below(path), query)
+        self.reply(200, found.text, found.kind, ETag=found.etag)
 
     def _write(self, path: str, query: dict[str, str]) -> None:
         value = self._sent if self.command == "PUT" else None
