@@ -656,7 +656,7 @@ class Gce:
         if wanted not in self.impersonators.get(account, ()):
             text = "Permission 'iam.serviceAccounts.getAccessToken' denied on resource (or it may not exist)."
             raise Denied(403, "PERMISSION_DENIED", text)
-        lifetime = float(body.get("lifetime", "3600s").removesuffix("s"))
+        lifetime = float((body.get("lifetime") or "3600s").removesuffix("s"))
         if not body.get("scope") or not 0 < lifetime <= 3600:
             raise Denied(400, "INVALID_ARGUMENT", "Request contains an invalid argument.")
         end = datetime.now(timezone.utc) + timedelta(seconds=lifetime)
@@ -1008,8 +1008,6 @@ class _ApiHandler(_Handler):
                 raise Violation(f"{self.command} {path}: without a Content-Length Google answers 411")
             name, body = self._document(path), self._body(path, text)
             call = gce_contract.check_request(self.command, path, query, body, name)
-            if path == "/v1/token" and query:
-                raise Violation(f"{call.method_id}: all of it belongs into the body")
             fault = gce.arrived(call.method_id, {**call.path, **call.query})
             if fault and not fault[3]:
                 return fault[1](self)  # type: ignore[no-any-return]

@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -72,8 +75,11 @@ OUT_OF_ORDER: dict[str, tuple[str, str, str, Any, str]] = {
     "a number that is none": ("GET", LIST, "maxResults=all", None, "uint32"),
     "a number below its least": ("GET", LIST, "maxResults=-1", None, "uint32"),
     "a number above what fits": ("GET", LIST, "maxResults=4294967296", None, "uint32"),
+    "a number below a least of its own": ("GET", f"{ONE}/serialPort", "port=0", None, "from 1 to 4"),
+    "a number above a most of its own": ("GET", f"{ONE}/serialPort", "port=5", None, "from 1 to 4"),
     "a number with a zero before it": ("GET", LIST, "maxResults=050", None, "uint32"),
     "a boolean that is none": ("GET", LIST, "prettyPrint=False", None, "boolean"),
+    "a required parameter that is missing": ("POST", f"{ONE}/detachDisk", "", None, "deviceName is missing"),
     "an enum": ("GET", LIST, "alt=xml", None, "json, media, proto"),
     "a query that is malformed": ("GET", LIST, "filter", None, "malformed"),
     "a body where there is none": ("POST", WAIT, "", {"timeout": 5}, "no body"),
@@ -166,7 +172,8 @@ def test_a_mask_selects() -> None:
             "zones/b": {"warning": {"code": "NO_RESULTS_ON_PAGE"}},
         },
     }
-    assert masked(answer, parse_mask("items/*/instances/id,items")) == {"items": answer["items"]}
+    for mask in ("items/*/instances/id,items", "items,items/*/instances/id"):
+        assert masked(answer, parse_mask(mask)) == {"items": answer["items"]}
     assert masked(answer, parse_mask("*")) == answer
 
 
@@ -467,6 +474,7 @@ def test_a_change_is_seen_when_its_operation_is_done(gce: Gce) -> None:
     assert done["status"] == "DONE" and "endTime" in done and gce.metadata(node)["a"] == "b"
     path = f"zones/{ZONES[0]}/operations/"
     assert ask(gce, "GET", path + done["name"]).body == ask(gce, "GET", path + done["id"]).body == done
+    assert ask(gce, "GET", f"zones/{ZONES[1]}/operations/{done['name']}").status == 404
 
 
 def test_a_change_comes_without_anybody_waiting_for_it(gce: Gce) -> None:
@@ -629,6 +637,21 @@ def test_what_the_contract_does_not_allow_is_remembered(
     gce.violations.clear()
 
 
+@pytest.mark.parametrize(("lines", "why"), [
+    ([f"POST {WAIT} HTTP/1.1"], "411"),
+    ([f"POST {ONE}/setMetadata HTTP/1.1", "Content-Length: 2", "Content-Type: text/plain"], "text/plain"),
+    ([f"POST {ONE}/setMetadata HTTP/1.1", "Content-Length: 2"], "Content-Type is missing"),
+    (["POST /v1/token?scope=a HTTP/1.1", "Content-Length: 0"], "scope"),
+])
+def test_requests_that_google_would_not_understand(gce: Gce, lines: list[str], why: str) -> None:
+    host, port = gce.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        sent = [*lines, f"Host: {host}", f"Authorization: Bearer {SERVER_TOKEN}", "Connection: close"]
+        connection.sendall("\r\n".join([*sent, "", "{}"]).encode())
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 500 ") and why in gce.violations.pop()
+
+
 def test_an_answer_that_google_would_not_give_is_remembered(gce: Gce) -> None:
     node = gce.instance("node-1", status="RUNNIN")
     assert ask(gce, "GET", at(gce, node)).status == 500
@@ -721,10 +744,11 @@ def test_faults_of_the_metadata_server(gce: Gce) -> None:
 
 
 def test_the_metadata_server_of_an_instance_that_is_gone(gce: Gce) -> None:
-    node = gce.instance("node-1")
+    node = gce.instance("node-1", group="workers", items={"token": "a"}, guest_attributes=False)
     gce.metadata_host(node)
     new = gce.recreate(node)
     assert new != node and gce.instances[new].name == "node-1" and text(gce, new, "instance/id") == new
+    assert gce.metadata(new) == {"created-by": gce.metadata(new)["created-by"]}
     with pytest.raises(urllib3.exceptions.ProtocolError):
         look(gce, node, "instance/id")
 
@@ -924,3 +948,58 @@ def test_the_environment_of_a_server(gce: Gce) -> None:
     base = environ["CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE"].removeprefix(gce.url)
     path = f"{base}projects/{environ['GCE_PROJECT']}/aggregated/instances"
     assert ask(gce, "GET", path, token=environ["GOOGLE_OAUTH_ACCESS_TOKEN"]).status == 200
+
+
+# What Google's own libraries make of it: an independent judge of the answers, and of the checker.
+GOOGLES = """
+import json, sys
+from google.auth import compute_engine, identity_pool
+from google.auth.transport.requests import Request
+from googleapiclient.discovery import build
+from googleapiclient.errors import HttpError
+
+base, project, *files = sys.argv[1:]
+scopes = ["https://www.googleapis.com/auth/compute"]
+outside = [identity_pool.Credentials.from_file(file, scopes=scopes) for file in files]
+for credentials in [compute_engine.Credentials(), *outside]:
+    credentials.refresh(Request())
+    options = {"api_endpoint": base}
+    compute = build("compute", "v1", credentials=credentials, client_options=options, static_discovery=True)
+    instances, found = compute.instances(), []
+    request = instances.aggregatedList(project=project, filter="(labels.role=node)", maxResults=2)
+    while request is not None:
+        page = request.execute()
+        found += [each for scope in page["items"].values() for each in scope.get("instances", [])]
+        request = instances.aggregatedList_next(request, page)
+    where = {"project": project, "zone": found[0]["zone"].rpartition("/")[2]}
+    name, metadata = found[0]["name"], found[0]["metadata"]
+    body = {**metadata, "items": [*metadata["items"], {"key": f"k{len(metadata['items'])}", "value": "v"}]}
+    operation = instances.setMetadata(**where, instance=name, body=body).execute()
+    done = compute.zoneOperations().wait(**where, operation=operation["name"]).execute()
+    statuses = []
+    for call in (
+        instances.setMetadata(**where, instance=name, body=body),
+        instances.getGuestAttributes(**where, instance=name, queryPath="keto/token"),
+    ):
+        try:
+            call.execute()
+        except HttpError as error:
+            statuses.append([error.resp.status, error.error_details[0]["reason"]])
+    print(json.dumps([len(found), done["status"], statuses]))
+"""
+
+
+def test_googles_own_client_works_with_it(gce: Gce, tmp_path: Path) -> None:
+    master = gce.instance("master", account=SERVER_ACCOUNT)
+    for zone in ZONES:
+        gce.group("workers", 1, zone, role="node")
+    files = [str(gce.external_account(tmp_path / name, name == "acting")) for name in ("direct", "acting")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", GOOGLES, f"{gce.url}/compute/v1/", gce.project, *files],
+        capture_output=True, text=True, timeout=120, env=gce.node_environment(master),
+    )
+    expected = [3, "DONE", [[412, "conditionNotMet"], [404, "notFound"]]]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [expected] * 3, done.stderr
+    assert gce.count()[standin_gce.STS] == 2 and gce.count()[standin_gce.IMPERSONATE] == 1
+    changed = [name for node in gce.instances for name in gce.metadata(node) if name.startswith("k")]
+    assert sorted(changed) == ["k2", "k3", "k4"]
