@@ -44,6 +44,10 @@ PERMISSIONS = {  # what a method asks for
     "compute.zoneOperations.wait": "compute.zoneOperations.get",
     "compute.instances.testIamPermissions": "",
 }
+OPERATION_ERRORS = {  # HTTP statuses of how an operation ends, where not 400
+    "CONDITION_NOT_MET": (412, "PRECONDITION FAILED"), "RESOURCE_NOT_FOUND": (404, "NOT FOUND"),
+}
+STALE = "Supplied fingerprint does not match current metadata fingerprint."
 LINK = "https://www.googleapis.com/compute/v1"
 VALUE_LIMIT, METADATA_LIMIT = 256 << 10, 512 << 10  # bytes of one value, and of all keys and values
 STS, IMPERSONATE = "sts.token", "iamcredentials.projects.serviceAccounts.generateAccessToken"
@@ -128,6 +132,7 @@ class Operation:
     pending: int  # waits that find it still running
     error: tuple[str, str] | None  # code and message of how it ends
     started: str
+    fingerprint: str  # of the metadata that it is to replace
     ended: str = ""
 
     def resource(self) -> dict[str, Any]:
@@ -146,7 +151,8 @@ class Operation:
         if self.ended and self.error:
             code, message = self.error
             made["error"] = {"errors": [{"code": code, "message": message}]}
-            made |= {"httpErrorStatusCode": 400, "httpErrorMessage": "BAD REQUEST"}
+            status, text = OPERATION_ERRORS.get(code, (400, "BAD REQUEST"))
+            made |= {"httpErrorStatusCode": status, "httpErrorMessage": text}
         return made
 
 
@@ -544,8 +550,7 @@ class Gce:
         if instance.id in self._running:
             raise Refusal(400, "resourceNotReady", f"The resource '{instance.path()}' is not ready")
         if body.get("fingerprint") != instance.fingerprint:
-            text = "Supplied fingerprint does not match current metadata fingerprint."
-            raise Refusal(412, "conditionNotMet", text, location="If-Match", locationType="header")
+            raise Refusal(412, "conditionNotMet", STALE, location="If-Match", locationType="header")
         operation = self._start(instance, items, account)
         if request_id:
             self.requests[request_id] = operation
@@ -565,7 +570,8 @@ class Gce:
             )
         name = f"operation-{int(time.time() * 1000)}-{secrets.token_hex(6)}"
         made = Operation(
-            str(next(self._ids)), name, instance, account, items, pending, error, started=_stamp()
+            str(next(self._ids)), name, instance, account, items, pending, error, _stamp(),
+            instance.fingerprint,
         )
         self.operations[name] = self.operations[made.id] = self._running[instance.id] = made
         return made
@@ -579,6 +585,8 @@ class Gce:
         if operation.instance.id not in self.instances:
             path = operation.instance.path()
             operation.error = ("RESOURCE_NOT_FOUND", f"The resource '{path}' was not found")
+        elif operation.fingerprint != operation.instance.fingerprint:
+            operation.error = ("CONDITION_NOT_MET", STALE)
         if not operation.error:
             self._change(operation.instance, operation.items)
 

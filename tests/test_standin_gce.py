@@ -1,6 +1,7 @@
 """The stand-in for Compute Engine, and the checker that holds it and the program to Google's contract."""
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -497,6 +498,17 @@ def test_an_operation_that_fails_changes_nothing(gce: Gce) -> None:
     assert "error" not in wait(gce, set_item(gce, node, "a", "b")).body and gce.metadata(node)["a"] == "b"
 
 
+def test_an_operators_change_while_an_operation_runs_is_not_lost(gce: Gce) -> None:
+    node = gce.instance("node-1")
+    gce.operation(pending=1)
+    operation = set_item(gce, node, "a", "b")
+    gce.set_metadata(node, "ssh-keys", "me:ssh-rsa AAAA me")
+    wait(gce, operation)
+    done = wait(gce, operation).body
+    assert done["error"]["errors"][0]["code"] == "CONDITION_NOT_MET" and done["httpErrorStatusCode"] == 412
+    assert set(gce.metadata(node)) == {"enable-guest-attributes", "ssh-keys"}
+
+
 def test_an_instance_that_goes_before_its_operation_is_done(gce: Gce) -> None:
     node = gce.instance("node-1")
     gce.operation(pending=1)
@@ -764,7 +776,8 @@ class Waiting(threading.Thread):
         wait_for(lambda: len(gce.asked) > before)
 
     def run(self) -> None:
-        self.reply = look(self.gce, self.node, self.path)
+        with contextlib.suppress(urllib3.exceptions.ProtocolError):  # nobody answers: there is no reply
+            self.reply = look(self.gce, self.node, self.path)
 
     def result(self) -> tuple[int, str]:
         """What it was answered, when it was."""
