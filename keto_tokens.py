@@ -42,6 +42,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -94,7 +95,7 @@ SKEW = 30.0  # seconds between our clock and the cluster's that are worth a warn
 LEASE, RENEW_DEADLINE, RENEW_EVERY = 15, 10.0, 2.0  # seconds, as Kubernetes' own components
 STUCK = 600.0  # seconds after which a node that has not joined is worth a look: booting takes less
 
-WORKERS = 8  # actions at a time: enough to fill the tagging rate at 0.5 s an action
+CONNECTIONS = 32  # kept open to one server: as many as there are workers at the most
 TAGS_PER_SECOND, TAGS_BURST = 10.0, 50.0  # half of EC2's CreateTags bucket (100, refilled 10/s)
 PAGE, PAGES = 500, 1000  # objects a page, as kubectl asks for, and pages that are believable
 TIMEOUTS = 5.0, 20.0  # seconds to connect, and to wait for more of an answer
@@ -222,6 +223,7 @@ class Node:
     wanted: bool = True  # it should have a token
     gone: bool = False  # it is ending; it will never need one again
     new_disk: bool = False  # its root volume is being replaced: the kubelet's credentials are lost
+    received: bool = False  # its client left a receipt for the token, where it cannot write the tag
 
     @property
     def token(self) -> Token | None:
@@ -281,6 +283,7 @@ class Kind(enum.Enum):
     ISSUE = "issue"  # create the Secret, then tag the node
     RENEW = "renew"  # a new secret half in the Secret that is there, then tag the node
     PUBLISH = "publish"  # tag the node with the token of its Secret, good for a full TTL
+    MARK = "mark"  # mark the tag consumed, since the client said that it has the token
     EXTEND = "extend"  # a later expiration
     FINISH = "finish"  # mark the tag consumed, then delete the Secret
     REVOKE = "revoke"  # delete the Secret
@@ -288,7 +291,7 @@ class Kind(enum.Enum):
     LEAVE = "leave"  # nothing to do
 
 
-WRITES = (Kind.ISSUE, Kind.RENEW, Kind.PUBLISH, Kind.EXTEND, Kind.FINISH, Kind.REVOKE)
+WRITES = frozenset(Kind) - {Kind.WAIT, Kind.LEAVE}
 
 
 @dataclass(frozen=True)
@@ -525,6 +528,8 @@ def before_consumption(node: Node, secret: TokenSecret, now: float, policy: Poli
     if node.token != secret.token:
         why = "its tag holds another token" if node.token else "its tag lacks the token"
         return Action(Kind.PUBLISH, node, secret, why)
+    if node.received:
+        return Action(Kind.MARK, node, secret, "its client has taken the token")
     if near_expiry(secret, now, policy):
         return Action(Kind.EXTEND, node, secret, "not consumed, and about to expire")
     return Action(Kind.WAIT, node, secret, "not consumed yet")
@@ -773,6 +778,14 @@ def signature(token: Token, content: str) -> str:
     header = _b64url(json.dumps({"alg": "HS256", "kid": token.id}, separators=(",", ":")).encode())
     text = f"{header}.{_b64url(content.encode())}".encode()
     return f"{header}..{_b64url(hmac.new(token.secret.encode(), text, hashlib.sha256).digest())}"
+
+
+def receipt(token: Token) -> str:
+    """What a client leaves where it cannot write the tag: it tells which token it took, and only that.
+
+    A token's id outlives its secret half, so the id alone would also be a receipt for the next half.
+    """
+    return hmac.new(token.secret.encode(), f"{token.id} consumed".encode(), hashlib.sha256).hexdigest()
 
 
 def _b64url(data: bytes) -> str:
@@ -1236,6 +1249,38 @@ def _in_block(address: Any, block: str) -> bool:
         return False
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def new_pool(access: Access, certificate: Credential) -> Any:
+    """A urllib3 pool manager for a server, through a proxy where there is one."""
+    import urllib3
+
+    if access.insecure:
+        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+    options: dict[str, Any] = {"maxsize": CONNECTIONS}
+    if access.server.startswith("https:"):
+        options["ssl_context"] = tls_context(access, certificate)
+    if access.server_name and not access.insecure:
+        options |= {"server_hostname": access.server_name}
+    proxy = access.proxy or proxy_for(access.server, os.environ)
+    if not proxy:
+        return urllib3.PoolManager(**options)
+    try:
+        url = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
+        user = urllib.parse.unquote(url.auth or "")
+        headers = urllib3.make_headers(proxy_basic_auth=user) if user else None
+        return urllib3.ProxyManager(url._replace(auth=None).url, proxy_headers=headers, **options)
+    except (urllib3.exceptions.HTTPError, ValueError):
+        shown = proxy.rpartition("@")[2]
+        raise SetupError(f"{access.origin}: {shown!r} is no proxy of type http or https") from None
+
+
 class Cluster:
     """A thin client of the Kubernetes API: what it sends is JSON, what it returns is JSON.
 
@@ -1315,31 +1360,8 @@ class Cluster:
         """The connections for a client certificate; new ones when it has changed."""
         with self._lock:
             if self._pool is None or self._pool[0] != certificate:
-                self._pool = certificate, self._new_pool(certificate)
+                self._pool = certificate, new_pool(self.access, certificate)
             return self._pool[1]
-
-    def _new_pool(self, certificate: Credential) -> Any:
-        import urllib3
-
-        access = self.access
-        if access.insecure:
-            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-        options: dict[str, Any] = {"maxsize": WORKERS}
-        if access.server.startswith("https:"):
-            options["ssl_context"] = tls_context(access, certificate)
-        if access.server_name and not access.insecure:
-            options |= {"server_hostname": access.server_name}
-        proxy = access.proxy or proxy_for(access.server, os.environ)
-        if not proxy:
-            return urllib3.PoolManager(**options)
-        try:
-            url = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
-            user = urllib.parse.unquote(url.auth or "")
-            headers = urllib3.make_headers(proxy_basic_auth=user) if user else None
-            return urllib3.ProxyManager(url._replace(auth=None).url, proxy_headers=headers, **options)
-        except (urllib3.exceptions.HTTPError, ValueError):
-            shown = proxy.rpartition("@")[2]
-            raise SetupError(f"{access.origin}: {shown!r} is no proxy of type http or https") from None
 
     def list(self, path: str, query: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         """Every object of a collection, page by page."""
@@ -1361,10 +1383,7 @@ class Cluster:
 
 def checked(what: str, reply: Reply, origin: str, hide: Sequence[str]) -> dict[str, Any]:
     """The JSON object in an answer of the API server, or the error that it stands for."""
-    try:
-        body = json.loads(reply.body)
-    except (ValueError, RecursionError):
-        body = None
+    body = json_of(reply)
     if isinstance(body, dict) and 200 <= reply.status < 300:
         return body
     if 200 <= reply.status < 300:
@@ -1383,6 +1402,14 @@ def checked(what: str, reply: Reply, origin: str, hide: Sequence[str]) -> dict[s
     raise CallFailed(
         f"{what}: {reply.status}: {message}", status=reply.status, again=again, after=after
     )
+
+
+def json_of(reply: Reply) -> Any:
+    """The JSON in an answer, None when there is none."""
+    try:
+        return json.loads(reply.body)
+    except (ValueError, RecursionError):
+        return None
 
 
 def dig(body: Any, *keys: str) -> Any:
@@ -1563,12 +1590,13 @@ class Pools(Protocol):
     """The server's side of a cloud."""
 
     scope: str  # the region or project, a part of the owner
+    workers: int  # how many writes go on at a time
 
     def list_nodes(self, filters: Mapping[str, str]) -> Listing:
         """The members of all groups that match every filter, with the value of our tag."""
 
     def write_tag(self, node_id: str, value: str) -> None:
-        """Set our tag of one instance."""
+        """Set our tag of one instance, and nothing else; what was there before does not matter."""
 
     def checks(self, filters: Mapping[str, str]) -> Iterable[tuple[str, Callable[[], str]]]:
         """What has to be right for that, each a subject and a call: see `Preflight.step`."""
@@ -1583,14 +1611,32 @@ class Instance(Protocol):
     def read_tag(self) -> str | None:
         """The value of our tag, None when it is absent."""
 
-    def pause(self, interval: float) -> float:
-        """Seconds to the next look, when looks that cost something are `interval` apart."""
+    def wait_for_change(self, seconds: float) -> None:
+        """Return when our tag may have changed, after these seconds at the latest."""
 
-    def mark_consumed(self) -> None:
-        """Set our tag to CONSUMED."""
+    def mark_consumed(self, token: Token) -> None:
+        """Set our tag to CONSUMED, or leave a receipt by which the server does it."""
 
     def checks(self) -> Iterable[tuple[str, Callable[[], str]]]:
         """What has to be right for that, each a subject and a call: see `Preflight.step`."""
+
+
+class Cloud(Protocol):
+    """What the program asks of a cloud: an entry in CLOUDS."""
+
+    def check(self, options: argparse.Namespace) -> None:
+        """Raise UsageError for flags that cannot be meant on this cloud; touches nothing."""
+
+    def here(self, sleep: Callable[[float], Any]) -> str:
+        """The id of this instance by the cloud's metadata service; raises when it does not answer."""
+
+    def pools(self, options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]) -> Pools:
+        """The server's side."""
+
+    def instance(
+        self, options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]
+    ) -> Instance:
+        """The client's side."""
 
 
 class RateLimit:
@@ -1681,7 +1727,7 @@ def aws_client(session: Any, service: str, region: str, calls: Calls) -> Any:
         retries={"mode": "standard", "total_max_attempts": 5},
         connect_timeout=TIMEOUTS[0],
         read_timeout=TIMEOUTS[1],
-        max_pool_connections=WORKERS,
+        max_pool_connections=AwsPools.workers,
         user_agent_extra=f"keto-tokens/{__version__}",
     )
     try:
@@ -1698,6 +1744,8 @@ def aws_client(session: Any, service: str, region: str, calls: Calls) -> Any:
 
 class AwsPools:
     """Auto-scaling groups of a region, and the tags of their instances."""
+
+    workers = 8  # enough to fill the tagging rate at 0.5 s an action
 
     def __init__(
         self, region: str, origin: str, tag_name: str, calls: Calls, sleep: Callable[[float], Any]
@@ -1884,8 +1932,11 @@ class AwsInstance:
     switched on for the instance (InstanceMetadataTags).  `source` is auto, imds or api.
     """
 
-    def __init__(self, tag_name: str, source: str, imds: Imds, calls: Calls):
+    def __init__(
+        self, tag_name: str, source: str, imds: Imds, calls: Calls, sleep: Callable[[float], Any]
+    ):
         self._tag_name, self._source, self._imds, self._calls = tag_name, source, imds, calls
+        self._sleep = sleep
         self._id = ""
         self._ec2_client: Any = None
         if source == "auto" and not imds_can_carry(tag_name):
@@ -1894,16 +1945,12 @@ class AwsInstance:
 
     def identify(self) -> str:
         """The instance id; raises SetupError when the metadata service gives none."""
-        if not self._id:
-            node_id = self._imds.get("meta-data/instance-id") or ""
-            if not re.fullmatch(r"i-[0-9a-f]{8,32}", node_id):
-                raise CallFailed("instance metadata: no instance id", again=True)
-            self._id = node_id
+        self._id = self._id or aws_instance_id(self._imds)
         return self._id
 
-    def pause(self, interval: float) -> float:
-        """Metadata costs no API call, so it is asked every second at least."""
-        return min(1.0, interval) if self._source == "imds" else interval
+    def wait_for_change(self, seconds: float) -> None:
+        """Sleep.  Metadata costs no API call, so it is asked every second at least."""
+        self._sleep(min(1.0, seconds) if self._source == "imds" else seconds)
 
     def read_tag(self) -> str | None:
         """The tag's value; asks for this instance's alone."""
@@ -1931,7 +1978,7 @@ class AwsInstance:
                     return str(tag["Value"])
         return None
 
-    def mark_consumed(self) -> None:
+    def mark_consumed(self, token: Token) -> None:
         """Overwrite the tag: that right, unlike deleting it, can be limited to the instance itself."""
         aws_write_tag(self._ec2(), self.identify(), self._tag_name, CONSUMED)
 
@@ -1971,6 +2018,14 @@ def imds_can_carry(tag_name: str) -> bool:
     )
 
 
+def aws_instance_id(imds: Imds) -> str:
+    """The id that the metadata service names."""
+    node_id = imds.get("meta-data/instance-id") or ""
+    if not re.fullmatch(r"i-[0-9a-f]{8,32}", node_id):
+        raise CallFailed("instance metadata: no instance id", again=True)
+    return node_id
+
+
 def aws_region_of(imds: Imds) -> str:
     """The region that the metadata service names."""
     region = imds.get("meta-data/placement/region") or ""
@@ -1979,54 +2034,669 @@ def aws_region_of(imds: Imds) -> str:
     return region
 
 
-def aws_pools(options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]) -> Pools:
-    """The server's side of AWS; the region by flag or environment, profile or metadata service."""
-    if options.region:
-        return AwsPools(options.region, "--region or AWS_REGION", options.tag_name, calls, sleep)
-    region = aws_session().region_name
-    if region:
-        return AwsPools(region, "the AWS profile", options.tag_name, calls, sleep)
-    try:
-        region = aws_region_of(Imds(os.environ, sleep))
-    except KetoError as error:
-        raise SetupError(f"no AWS region: pass --region or set AWS_REGION; {error}") from None
-    return AwsPools(region, "the instance's metadata", options.tag_name, calls, sleep)
+class Aws:
+    """Amazon EC2 with its auto-scaling groups."""
+
+    @staticmethod
+    def check(options: argparse.Namespace) -> None:
+        """A tag name that EC2 takes, and that can be read where it is to be read from.
+
+        https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/Using_Tags.html#tag-restrictions
+        """
+        name = options.tag_name
+        if not 1 <= len(name) <= 128 or name.lower().startswith("aws:") or not name.isprintable():
+            raise UsageError(f"--tag-name [TAG_NAME]: {name!r} is no tag name for EC2: "
+                             "1 to 128 printable characters, not beginning with aws:")
+        if vars(options).get("read_from") == "imds" and not imds_can_carry(name):
+            raise UsageError(f"--read-from imds: {name!r} is no name for a tag in instance metadata: "
+                             "letters, digits and + - = . , _ : @")
+
+    @staticmethod
+    def here(sleep: Callable[[float], Any]) -> str:
+        """This instance's id, by one try."""
+        return aws_instance_id(Imds({**os.environ, "AWS_METADATA_SERVICE_NUM_ATTEMPTS": "1"}, sleep))
+
+    @staticmethod
+    def pools(options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]) -> AwsPools:
+        """The region by flag or environment, else the profile's, else this instance's."""
+        region, origin = options.region, "--region or AWS_REGION"
+        if not region:
+            region, origin = aws_session().region_name, "the AWS profile"
+        if not region:
+            try:
+                region, origin = aws_region_of(Imds(os.environ, sleep)), "the instance's metadata"
+            except KetoError as error:
+                raise SetupError(f"no AWS region: pass --region or set AWS_REGION; {error}") from None
+        return AwsPools(region, origin, options.tag_name, calls, sleep)
+
+    @staticmethod
+    def instance(options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]) -> AwsInstance:
+        """The client's side."""
+        return AwsInstance(options.tag_name, options.read_from, Imds(os.environ, sleep), calls, sleep)
 
 
-def aws_instance(
-    options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]
-) -> Instance:
-    """The client's side of AWS."""
-    if options.read_from == "imds" and not imds_can_carry(options.tag_name):
-        raise UsageError(
-            f"--read-from imds: {options.tag_name!r} is no name for a tag in instance metadata: "
-            "letters, digits and + - = . , _ : @"
-        )
-    return AwsInstance(options.tag_name, options.read_from, Imds(os.environ, sleep), calls)
+class GoogleMetadata:
+    """The metadata server of a GCE instance, never through a proxy.  GCE_METADATA_HOST names another."""
+
+    def __init__(self, environ: Mapping[str, str], sleep: Callable[[float], Any] = time.sleep):
+        import urllib3
+
+        host = environ.get("GCE_METADATA_HOST") or "metadata.google.internal"
+        self._base, self._sleep = f"http://{host}/computeMetadata/v1", sleep
+        self._pool = urllib3.PoolManager()
+
+    def get(self, path: str) -> str:
+        """The text at a path; CallFailed (404) when there is none."""
+        return self.request("GET", path).body.decode("utf-8", "replace").strip()
+
+    def request(
+        self, method: str, path: str, body: str | None = None, *, patience: float = 2.0,
+        attempts: int = ATTEMPTS,
+    ) -> Reply:
+        """An answer that is a success, within `patience` seconds."""
+        what = f"instance metadata: {method} {self._base}/{path.partition('?')[0]}"
+
+        def once() -> Reply:
+            try:
+                reply = send(
+                    self._pool, what, method, f"{self._base}/{path}", timeouts=(2.0, patience),
+                    headers={"Metadata-Flavor": "Google"}, body=body.encode() if body else None,
+                )
+            except KetoError as error:
+                raise Unreachable(f"{error} (is this a GCE instance?)") from None
+            if reply.headers.get("Metadata-Flavor") != "Google":
+                raise Unreachable(f"{what}: who answers is not Google's metadata server")
+            if reply.status != 200:
+                again = reply.status == 429 or reply.status >= 500
+                raise CallFailed(f"{what}: status {reply.status}", status=reply.status, again=again)
+            return reply
+
+        result: Reply = retrying(once, self._sleep, attempts)
+        return result
+
+    def node_id(self) -> str:
+        """The node id of this instance, as `gce_node` makes it."""
+        zone, name, number = (self.get(f"instance/{key}") for key in ("zone", "name", "id"))
+        node_id = f"{zone.rpartition('/')[2]}/{name}/{number}"
+        if not GCE_NODE_ID.fullmatch(node_id):
+            raise CallFailed("instance metadata: no zone, name and id of an instance", again=True)
+        return node_id
 
 
-def aws_tag_name(text: str) -> str:
-    """A tag name that EC2 takes, else ValueError.
+GoogleToken = tuple[str, float]  # an access token, and the seconds for which it is good
+GOOGLE_SCOPE = "https://www.googleapis.com/auth/cloud-platform"  # rights are limited by the role
 
-    https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/Using_Tags.html#tag-restrictions
+
+class GoogleCredential:
+    """An access token of Google's, fetched again before it is due.  `origin` is for messages."""
+
+    def __init__(self, origin: str, fetch: Callable[[], GoogleToken]):
+        self.origin, self._fetch, self._lock = origin, fetch, threading.Lock()
+        self._kept: GoogleToken = "", 0.0
+
+    def __call__(self, refused: str = "") -> str:
+        """The token; a new one when the kept one is due, or is the one that was refused."""
+        with self._lock:
+            if self._kept[0] in ("", refused) or self._kept[1] < time.monotonic():
+                token, seconds = self._fetch()
+                self._kept = token, time.monotonic() + seconds - 60  # a call takes its time
+            return self._kept[0]
+
+
+class GoogleApi:
+    """A thin client of a REST API of Google's: what it returns is JSON."""
+
+    def __init__(
+        self, base: str, origin: str, credential: GoogleCredential | None, calls: Calls,
+        sleep: Callable[[float], Any],
+    ):
+        self.base, self.credential, self._calls, self.sleep = base, credential, calls, sleep
+        access = Access(google_url(base, origin), origin)
+        self._where = urllib.parse.urlsplit(base).netloc
+        self._pool = new_pool(access, Credential())
+
+    def request(
+        self, operation: str, method: str, path: str = "", *, query: Mapping[str, str] | None = None,
+        body: Any = None, form: Mapping[str, str] | None = None, token: str = "",
+        patience: float = TIMEOUTS[1], limit: int = OBJECT_LIMIT,
+    ) -> dict[str, Any]:
+        """The JSON object in the answer.  `operation` is its name in messages and counts.
+
+        Raises CallFailed with the status and SetupError for a credential that is refused.
+        """
+        url = f"{self.base}{path}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        what = f"{operation} {path.rpartition('/instances/')[2]}".rstrip() + f" at {self._where}"
+        kind = "application/x-www-form-urlencoded" if form else "application/json"
+        content = urllib.parse.urlencode(form) if form else "" if body is None else json.dumps(body)
+        headers = {"Content-Type": kind} if content else {}
+        headers |= {"Accept": "application/json", "User-Agent": f"keto-tokens/{__version__}"}
+
+        def ask(bearer: str) -> Reply:
+            if bearer:
+                headers["Authorization"] = f"Bearer {bearer}"
+            self._calls.add("gce", operation)
+            return send(
+                self._pool, what, method, url, headers=headers, timeouts=(TIMEOUTS[0], patience),
+                body=content.encode() if content else None, limit=limit,
+            )
+
+        def once() -> dict[str, Any]:
+            used = token or (self.credential() if self.credential else "")
+            reply = ask(used)
+            if reply.status == 401 and self.credential:
+                used = self.credential(refused=used)
+                reply = ask(used)
+            return google_answer(what, reply, [used, *(form or {}).values()])
+
+        result: dict[str, Any] = retrying(once, self.sleep, ATTEMPTS)
+        return result
+
+    def who(self) -> str:
+        """Where the credential comes from, once it has been got."""
+        return f"by {self.credential.origin}" if self.credential and self.credential() else "none"
+
+
+def google_answer(what: str, reply: Reply, hide: Sequence[str]) -> dict[str, Any]:
+    """The JSON object in an answer of Google's, or the error that it stands for.
+
+    https://cloud.google.com/apis/design/errors; RFC 6749 for those of a token exchange.
     """
-    if not 1 <= len(text) <= 128 or text.lower().startswith("aws:") or not text.isprintable():
-        raise ValueError(
-            f"{text!r} is no tag name for EC2: 1 to 128 printable characters, not beginning with aws:"
-        )
+    body = json_of(reply)
+    if isinstance(body, dict) and 200 <= reply.status < 300:
+        return body
+    if 200 <= reply.status < 300:
+        raise CallFailed(f"{what}: the answer ({len(reply.body)} bytes) is not JSON", again=True)
+    text = dig(body, "error", "message") or dig(body, "error_description") or dig(body, "error")
+    message = redact(str(text or f"{len(reply.body)} bytes of no JSON"), *hide)[:500]
+    if reply.status == 401:
+        raise Refused(f"{what}: 401: Google does not accept the credential: {message}")
+    found = dig(body, "error", "errors")
+    reasons = {dig(each, "reason") for each in found} if isinstance(found, list) else set()
+    throttled = reply.status == 429 or bool(reasons & {"rateLimitExceeded", "userRateLimitExceeded"})
+    if reply.status == 403 and not throttled:
+        message += " (the role that is needed is in README, under GCE)"
+    raise CallFailed(
+        f"{what}: {reply.status}: {message}", status=reply.status,
+        again=throttled or reply.status >= 500,
+        after=parse_retry_after(reply.headers.get("Retry-After")),
+    )
+
+
+def google_url(text: str, origin: str) -> str:
+    """A URL that credentials may be sent to: https, or this very machine.  Raises SetupError."""
+    try:
+        parse_url(text)
+    except ValueError as error:
+        raise SetupError(f"{origin}: {error}") from None
+    url = urllib.parse.urlsplit(text)
+    if url.scheme == "http" and not is_loopback(url.hostname or ""):
+        raise SetupError(f"{origin}: {text} is not encrypted")
     return text
 
 
-@dataclass(frozen=True)
-class Cloud:
-    """What the program needs to know of a cloud."""
+def google_credential(
+    environ: Mapping[str, str], metadata: GoogleMetadata, calls: Calls, sleep: Callable[[float], Any]
+) -> GoogleCredential:
+    """A ready token of the environment, else workload identity federation, else this instance's."""
+    names = "GOOGLE_OAUTH_ACCESS_TOKEN", "CLOUDSDK_AUTH_ACCESS_TOKEN"
+    name = next((name for name in names if environ.get(name)), "")
+    if name:
+        ready = bearer(environ[name], name), float("inf")
+        return GoogleCredential(name, lambda: ready)
+    path = environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if path:
+        return GoogleCredential(path, FederatedIdentity(path, calls, sleep))
 
-    pools: Callable[[argparse.Namespace, Calls, Callable[[float], Any]], Pools]
-    instance: Callable[[argparse.Namespace, Calls, Callable[[float], Any]], Instance]
-    tag_name: Callable[[str], str]  # checks a tag name; raises ValueError
+    def of_instance() -> GoogleToken:
+        try:
+            answer = json.loads(metadata.get("instance/service-accounts/default/token"))
+            return bearer(answer["access_token"], "its access token"), float(answer["expires_in"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CallFailed("instance metadata: the answer is no access token", again=True) from None
+        except (CallFailed, Unreachable) as error:
+            raise NoCredentials(
+                f"no Google credentials: {error}; give this instance a service account, or set "
+                "GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_OAUTH_ACCESS_TOKEN"
+            ) from None
+
+    return GoogleCredential("this instance's service account", of_instance)
 
 
-CLOUDS = {"aws": Cloud(aws_pools, aws_instance, aws_tag_name)}
+class FederatedIdentity:
+    """Workload identity federation: a token in a file, such as a pod's, is exchanged for Google's.
+
+    A configuration of type external_account with a file as its source (https://google.aip.dev/auth/4117,
+    RFC 8693).  What other types need, RSA signatures and refresh tokens, is no pure Python or no machine's.
+    """
+
+    def __init__(self, path: str, calls: Calls, sleep: Callable[[float], Any]):
+        self._path, text = path, read_text(path, "GOOGLE_APPLICATION_CREDENTIALS")
+        try:
+            config = json.loads(text)
+            if config["type"] != "external_account" or "file" not in config["credential_source"]:
+                raise ValueError
+            self._source = dict(config["credential_source"])
+            self._form = {name: str(config[name]) for name in ("audience", "subject_token_type")}
+            exchange = str(config["token_url"])
+            impersonate = str(config.get("service_account_impersonation_url") or "")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise SetupError(
+                f"{path}: only credentials of type external_account with a file as their source are "
+                "supported, as this program is pure Python; or set GOOGLE_OAUTH_ACCESS_TOKEN"
+            ) from None
+        self._exchange = GoogleApi(exchange, path, None, calls, sleep)
+        self._impersonate = GoogleApi(impersonate, path, None, calls, sleep) if impersonate else None
+
+    def __call__(self) -> GoogleToken:
+        """A new access token: the exchanged one, or that of the service account to impersonate."""
+        oauth = "urn:ietf:params:oauth"
+        form = {
+            **self._form, "subject_token": self._subject(), "scope": GOOGLE_SCOPE,
+            "grant_type": f"{oauth}:grant-type:token-exchange",
+            "requested_token_type": f"{oauth}:token-type:access_token",
+        }
+        try:
+            answer = self._exchange.request("token exchange", "POST", form=form)
+            token, seconds = bearer(answer["access_token"], self._path), float(answer["expires_in"])
+            if self._impersonate:
+                answer = self._impersonate.request(
+                    "impersonation", "POST", body={"scope": [GOOGLE_SCOPE]}, token=token)
+                token = bearer(answer["accessToken"], self._path)
+                seconds = parse_time(answer["expireTime"]) - time.time()
+            return token, seconds
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CallFailed(f"{self._path}: the answer is no access token", again=True) from None
+        except CallFailed as error:
+            if error.again:
+                raise
+            raise SetupError(f"{self._path}: {error}") from None
+
+    def _subject(self) -> str:
+        """The token in the file as it is now: whoever put it there renews it."""
+        path, shape = str(self._source["file"]), self._source.get("format")
+        text = read_text(path, "the token to exchange")
+        if dig(shape, "type") == "json":
+            try:
+                text = str(json.loads(text)[dig(shape, "subject_token_field_name")])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise SetupError(f"{path}: no field {dig(shape, 'subject_token_field_name')}") from None
+        return bearer(text, path)
+
+
+GCE_API = "https://compute.googleapis.com/compute/v1"
+GCE_PAGE = 500  # instances a page, the most there is
+GCE_NODE_ID = re.compile(r"[a-z0-9-]+/[a-z0-9-]+/[0-9]+")  # ZONE/NAME/NUMBER
+GCE_OPERATION = 130.0  # seconds to wait for an operation, which Google answers within two minutes
+GCE_POLL = 5  # seconds that a long poll takes, during which nothing stops the client
+GCE_RECEIPTS = 50  # guest attributes read a pass: a tenth of the read quota at a pass every ten seconds
+GCE_NAMESPACE = "keto-tokens"  # of the guest attribute that is the client's receipt
+GCE_PERMISSIONS = (
+    "compute.instances.get",
+    "compute.instances.getGuestAttributes",
+    "compute.instances.list",
+    "compute.instances.setMetadata",
+    "compute.zoneOperations.get",
+)
+
+
+class _Stale(CallFailed):
+    """The metadata was changed by somebody else since it was read."""
+
+
+class GcePools:
+    """The instances of a project, and our item in their metadata.
+
+    A node's id is ZONE/NAME/NUMBER: all that calls need, and never the same for a recreated instance.
+    """
+
+    workers = 32  # a write waits some seconds for its operation
+
+    def __init__(self, project: str, origin: str, tag_name: str, api: GoogleApi):
+        self.scope, self._origin, self._tag_name, self._api = project, origin, tag_name, api
+        self._limit = RateLimit(TAGS_PER_SECOND, TAGS_BURST, api.sleep)
+        self._told: set[str] = set()
+
+    def list_nodes(self, filters: Mapping[str, str]) -> Listing:
+        """The instances with all these labels, 500 a call; without labels those of managed groups."""
+        nodes: list[Node] = []
+        missing: list[str] = []
+        for page in self._pages(filters):
+            missing += gce_missing(page)
+            found = [gce_node(body, self._tag_name) for body in gce_instances(page)]
+            nodes += [node for node in found if node and (filters or node.pool != UNMANAGED)]
+        if missing:
+            self._warn_once(f"not all instances were listed, so none is taken for gone: {missing[0]}")
+        return Listing(tuple(self._with_receipts(nodes)), complete=not missing)
+
+    def _pages(self, filters: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        query = {
+            "maxResults": str(GCE_PAGE),
+            "fields": "nextPageToken,unreachables,warning(code,message),items/*/warning(code,message),"
+                      "items/*/instances(id,name,zone,status,metadata/items)",
+        }
+        if filters:
+            query["filter"] = " ".join(f"(labels.{key}={value})" for key, value in filters.items())
+        path = f"/projects/{self.scope}/aggregated/instances"
+        for _ in range(PAGES):
+            page = self._api.request(
+                "compute.instances.list", "GET", path, query=query, limit=LIST_LIMIT)
+            yield page
+            if not page.get("nextPageToken"):
+                return
+            query["pageToken"] = str(page["nextPageToken"])
+        raise CallFailed(f"compute.instances.list: the list has no end after {PAGES} pages")
+
+    def _with_receipts(self, nodes: Sequence[Node]) -> Iterator[Node]:
+        """The nodes, with those that have a token asked whether their client has it; some each pass."""
+        asked = [node for node in nodes if node.wanted and node.token]
+        asked = random.sample(asked, min(GCE_RECEIPTS, len(asked)))
+        with ThreadPoolExecutor(self.workers) as workers:
+            found = dict(zip((node.id for node in asked), workers.map(self._has_receipt, asked)))
+        for node in nodes:
+            yield replace(node, received=found.get(node.id, False))
+
+    def _has_receipt(self, node: Node) -> bool:
+        """Whether the guest attribute is there; what keeps us from seeing it is no failure of the pass."""
+        query = {"queryPath": f"{GCE_NAMESPACE}/{self._tag_name}", "fields": "queryValue/items/value"}
+        try:
+            answer = self._api.request("compute.instances.getGuestAttributes", "GET",
+                                       f"{self._path(node.id)}/getGuestAttributes", query=query)
+        except CallFailed as error:
+            if error.status == 403:
+                self._warn_once(f"that a token was taken is only seen by the join: {error}")
+            log.debug("no receipt node=%s: %s", node.id, error)
+            return False
+        items = dig(answer, "queryValue", "items")
+        values = [dig(item, "value") for item in items] if isinstance(items, list) else []
+        return node.token is not None and receipt(node.token) in values
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._told:
+            log.warning("%s", message)
+        self._told.add(message)
+
+    def _path(self, node_id: str) -> str:
+        zone, _, number = node_id.split("/")
+        return f"/projects/{self.scope}/zones/{zone}/instances/{number}"
+
+    def write_tag(self, node_id: str, value: str) -> None:
+        """Read, modify and write the metadata; again when somebody else has written in between."""
+        self._limit.wait()
+        for _ in range(2 * ATTEMPTS):
+            with contextlib.suppress(_Stale):
+                return self._write(node_id, value)
+        raise CallFailed(f"compute.instances.setMetadata {node_id}: others keep changing its metadata")
+
+    def _write(self, node_id: str, value: str) -> None:
+        path = self._path(node_id)
+        found = self._api.request("compute.instances.get", "GET", path, query={"fields": "metadata"})
+        metadata = found.get("metadata") or {}
+        items = with_item(metadata.get("items") or [], self._tag_name, value)
+        if items == metadata.get("items"):
+            return  # an answer that was lost
+        body = {"fingerprint": metadata.get("fingerprint", ""), "items": items}
+        try:
+            operation = self._api.request(
+                "compute.instances.setMetadata", "POST", f"{path}/setMetadata", body=body)
+        except CallFailed as error:
+            if error.status == 412:
+                raise _Stale(str(error)) from None
+            raise
+        self._wait_for(operation, node_id)
+
+    def _wait_for(self, operation: Mapping[str, Any], node_id: str) -> None:
+        """Return when an operation has succeeded: only then the metadata is there."""
+        zone, what = node_id.partition("/")[0], f"compute.instances.setMetadata {node_id}"
+        path = f"/projects/{self.scope}/zones/{zone}/operations/{operation.get('name')}/wait"
+        for _ in range(ATTEMPTS):
+            if operation.get("status") == "DONE":
+                break
+            operation = self._api.request(
+                "compute.zoneOperations.wait", "POST", path, patience=GCE_OPERATION)
+        else:
+            raise CallFailed(f"{what}: not done after {ATTEMPTS * 2} minutes", again=True)
+        errors = dig(operation, "error", "errors")
+        if operation.get("httpErrorStatusCode") == 412:
+            raise _Stale(what)
+        if errors or operation.get("error"):
+            first = errors[0] if isinstance(errors, list) and errors else {}
+            raise CallFailed(f"{what}: {dig(first, 'code')}: {redact(str(dig(first, 'message')))}")
+
+    def checks(self, filters: Mapping[str, str]) -> Iterable[tuple[str, Callable[[], str]]]:
+        """Credentials, and the permissions of the server's role, as far as Google tells."""
+        members: list[Node] = []
+
+        def list_members() -> str:
+            listing = self.list_nodes(filters)
+            members.extend(listing.nodes)
+            if not members or not listing.complete:
+                raise Doubt("allowed, but " + ("not all zones answer" if members else
+                            "no instance has all the labels that the filters name"))
+            return f"{len(members)} instances in {len({node.pool for node in members})} groups match"
+
+        yield "GCE project", lambda: f"{self.scope} by {self._origin}"
+        yield "Google credentials", self._api.who
+        yield "compute.instances.list", list_members
+        for permission in GCE_PERMISSIONS if members else ():
+            if permission.startswith("compute.instances.") and permission != "compute.instances.list":
+                yield permission, functools.partial(self._allowed, members[0], permission)
+
+    def _allowed(self, node: Node, permission: str) -> str:
+        """Ask Google whether we may do that with an instance."""
+        path, body = f"{self._path(node.id)}/testIamPermissions", {"permissions": [permission]}
+        answer = self._api.request("compute.instances.testIamPermissions", "POST", path, body=body)
+        if permission not in (answer.get("permissions") or []):
+            raise SetupError("not allowed (the role that is needed is in README, under GCE)")
+        acts = "; where nodes have a service account, iam.serviceAccounts.actAs on that is needed too"
+        return "allowed" + (acts if permission.endswith("setMetadata") else "")
+
+
+UNMANAGED = "unmanaged"  # the pool of instances that no managed instance group has made
+
+
+def gce_instances(page: Mapping[str, Any]) -> Iterator[Any]:
+    """The instances of all zones in a page of an aggregated list."""
+    for scope in (page.get("items") or {}).values():
+        yield from dig(scope, "instances") or ()
+
+
+def gce_missing(page: Mapping[str, Any]) -> list[str]:
+    """What a page of an aggregated list says is missing from it.  That a zone is empty is no warning."""
+    scopes = [page, *(page.get("items") or {}).values()]
+    warnings = [warning for scope in scopes if (warning := dig(scope, "warning"))]
+    return [str(name) for name in page.get("unreachables") or ()] + [
+        f"{dig(each, 'code')} {dig(each, 'message')}" for each in warnings
+        if dig(each, "code") != "NO_RESULTS_ON_PAGE"
+    ]
+
+
+def gce_node(body: Any, tag_name: str) -> Node | None:
+    """An instance of a list; its states are those of the Compute API's `Instance.status`.
+
+    One that was stopped may start again: if its token was revoked meanwhile, it then gets another.
+    """
+    items = {dig(item, "key"): dig(item, "value") for item in dig(body, "metadata", "items") or ()}
+    zone, state = str(dig(body, "zone")).rpartition("/")[2], str(dig(body, "status"))
+    node_id = f"{zone}/{dig(body, 'name')}/{dig(body, 'id')}"
+    if not GCE_NODE_ID.fullmatch(node_id):
+        return None
+    return Node(
+        id=node_id,
+        pool=str(items.get("created-by") or "").rpartition("/")[2] or UNMANAGED,
+        state=state,
+        tag=items.get(tag_name),
+        wanted=state in ("PROVISIONING", "STAGING", "RUNNING"),
+        gone=state in ("PENDING_STOP", "STOPPING", "DEPROVISIONING", "TERMINATED"),
+    )
+
+
+def with_item(items: Sequence[Any], key: str, value: str) -> list[Any]:
+    """Metadata items with one set, and the others as they are."""
+    if not any(dig(item, "key") == key for item in items):
+        return [*items, {"key": key, "value": value}]
+    return [{**item, "value": value} if dig(item, "key") == key else item for item in items]
+
+
+class GceInstance:
+    """This GCE instance: who it is, its token and its receipt, all by its metadata server, no rights."""
+
+    def __init__(self, tag_name: str, metadata: GoogleMetadata, sleep: Callable[[float], Any]):
+        self._tag_name, self._metadata, self._sleep = tag_name, metadata, sleep
+        self._id, self._etag = "", "0"
+
+    def identify(self) -> str:
+        """The node id."""
+        self._id = self._id or self._metadata.node_id()
+        return self._id
+
+    def read_tag(self) -> str | None:
+        """The value of our item.  All items are read, as one that is not there cannot be waited for."""
+        reply = self._metadata.request("GET", "instance/attributes/?recursive=true&alt=json")
+        self._etag = reply.headers.get("ETag", "0")
+        value = dig(json_of(reply), self._tag_name)
+        return value if isinstance(value, str) else None
+
+    def wait_for_change(self, seconds: float) -> None:
+        """A long poll, which ends when any item has changed since `read_tag`."""
+        limit = max(1, min(GCE_POLL, math.ceil(seconds)))
+        query = {"recursive": "true", "wait_for_change": "true", "last_etag": self._etag,
+                 "timeout_sec": str(limit)}
+        try:
+            self._metadata.request(
+                "GET", f"instance/attributes/?{urllib.parse.urlencode(query)}", patience=limit + 2.0,
+                attempts=1)
+        except KetoError as error:
+            log.debug("%s", error)
+            self._sleep(seconds)
+
+    def mark_consumed(self, token: Token) -> None:
+        """Leave a receipt in a guest attribute, for the server to mark the tag by.
+
+        A node cannot write its metadata: whoever may, may also write `startup-script`, which is root's.
+        """
+        try:
+            self._metadata.request(
+                "PUT", f"instance/guest-attributes/{GCE_NAMESPACE}/{self._tag_name}", receipt(token))
+        except CallFailed as error:
+            if error.status not in (403, 404):
+                raise
+            log.info("guest attributes are off (enable-guest-attributes=TRUE switches them on): "
+                     "the server marks the tag when the node has joined")
+
+    def checks(self) -> Iterable[tuple[str, Callable[[], str]]]:
+        """The metadata server, and whether it takes a receipt."""
+
+        def guest_attributes() -> str:
+            try:
+                self._metadata.get("instance/guest-attributes/")
+            except CallFailed as error:
+                if error.status == 403:
+                    raise Doubt("off (enable-guest-attributes=TRUE switches them on): the server only "
+                                "knows by the join that the token was taken") from None
+                if error.status != 404:
+                    raise
+            return "on: the server is told when the token was taken"
+
+        yield "instance metadata", lambda: f"this is {self.identify()}"
+        if self._id:
+            yield "guest attributes", guest_attributes
+
+
+class Gce:
+    """Google Compute Engine."""
+
+    @staticmethod
+    def check(options: argparse.Namespace) -> None:
+        """A metadata key, labels, and no other way to read than metadata."""
+        if not re.fullmatch(r"[a-zA-Z0-9_-]{1,128}", options.tag_name):
+            raise UsageError(f"--tag-name [TAG_NAME]: {options.tag_name!r} is no key of instance metadata: "
+                             "1 to 128 letters, digits, - and _")
+        for key, value in dict(vars(options).get("filter") or ()).items():
+            if not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}=[a-z0-9_-]{1,63}", f"{key}={value}"):
+                raise UsageError(f"--filter: {key}={value} is no label of GCE: lower case, digits, - and _")
+        if vars(options).get("read_from") == "api":
+            raise UsageError("--read-from: on GCE a node has no right to read by the API, and needs none")
+
+    @staticmethod
+    def here(sleep: Callable[[float], Any]) -> str:
+        """This instance's id, by one try."""
+        metadata = GoogleMetadata(os.environ, sleep)
+        return metadata.request("GET", "instance/id", attempts=1).body.decode("utf-8", "replace")
+
+    @staticmethod
+    def pools(options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]) -> GcePools:
+        """The project by flag or environment, else this instance's."""
+        metadata, variable = GoogleMetadata(os.environ, sleep), "CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE"
+        project, origin = options.project, "--project, GCE_PROJECT or CLOUDSDK_CORE_PROJECT"
+        if not project:
+            try:
+                project, origin = metadata.get("project/project-id"), "the instance's metadata"
+                parse_project(project)
+            except (KetoError, ValueError) as error:
+                raise SetupError(f"no GCE project: pass --project; {error}") from None
+        credential = google_credential(os.environ, metadata, calls, sleep)
+        base = (os.environ.get(variable) or GCE_API).rstrip("/")
+        api = GoogleApi(base, variable, credential, calls, sleep)
+        return GcePools(project, origin, options.tag_name, api)
+
+    @staticmethod
+    def instance(options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]) -> GceInstance:
+        """The client's side."""
+        return GceInstance(options.tag_name, GoogleMetadata(os.environ, sleep), sleep)
+
+
+class AutoInstance:
+    """The instance of whichever cloud answers, found out when it is first asked who it is."""
+
+    def __init__(
+        self, options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]
+    ):
+        self._parts, self._sleep = (options, calls, sleep), sleep
+        self._found: Instance | None = None
+
+    def _instance(self) -> Instance:
+        if self._found is None:
+            options, calls, sleep = self._parts
+            cloud = CLOUDS[detect_cloud(sleep)]
+            cloud.check(options)
+            self._found = cloud.instance(options, calls, sleep)
+        return self._found
+
+    def identify(self) -> str:
+        """The id that the cloud gives it."""
+        return self._instance().identify()
+
+    def read_tag(self) -> str | None:
+        """The cloud's."""
+        return self._instance().read_tag()
+
+    def wait_for_change(self, seconds: float) -> None:
+        """The cloud's, or a sleep as long as it is not known."""
+        self._found.wait_for_change(seconds) if self._found else self._sleep(seconds)
+
+    def mark_consumed(self, token: Token) -> None:
+        """The cloud's."""
+        self._instance().mark_consumed(token)
+
+    def checks(self) -> Iterable[tuple[str, Callable[[], str]]]:
+        """That a cloud answers, and what it has to check."""
+        yield "cloud", lambda: "by its metadata: " + type(self._instance()).__name__
+        yield from self._found.checks() if self._found else ()
+
+
+def detect_cloud(sleep: Callable[[float], Any]) -> str:
+    """The cloud whose metadata service answers here; CallFailed when none does, as at an early boot."""
+    failures = []
+    for name, cloud in CLOUDS.items():
+        try:
+            cloud.here(sleep)
+            return name
+        except KetoError as error:
+            failures.append(f"{name}: {error}")
+    raise CallFailed(f"no cloud's metadata answers: {'; '.join(failures)}", again=True)
+
+
+CLOUDS: dict[str, Cloud] = {"aws": Aws(), "gce": Gce()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2119,7 +2789,7 @@ class Server:
         for action in actions:
             if action.kind not in WRITES:
                 log.debug("%s", action_line(action))
-        with ThreadPoolExecutor(WORKERS) as workers:
+        with ThreadPoolExecutor(self._pools.workers) as workers:
             return collections.Counter(workers.map(self._guarded, todo))
 
     def _guarded(self, action: Action) -> str:
@@ -2153,9 +2823,9 @@ class Server:
             return self._publish(node, self._store.extend(secret))
         if action.kind is Kind.EXTEND:
             return self._store.extend(secret)
-        if action.kind is Kind.FINISH:
+        if action.kind in (Kind.MARK, Kind.FINISH):
             self._pools.write_tag(node.id, CONSUMED)
-        if self._policy.revoke:
+        if self._policy.revoke and action.kind is not Kind.MARK:
             self._store.revoke(secret)
         return secret
 
@@ -2187,6 +2857,7 @@ def pass_line(
         "waiting": sum(action.kind is Kind.WAIT for action in actions),
         "issued": counts.get("issue", 0) + counts.get("renew", 0),
         "published": counts.get("publish", 0),
+        "marked": counts.get("mark", 0),
         "extended": counts.get("extend", 0),
         "revoked": counts.get("finish", 0) + counts.get("revoke", 0),
         "failed": counts.get("failed", 0),
@@ -2335,7 +3006,7 @@ def server_parts(
 ) -> tuple[Pools, TokenStore]:
     """The cloud and the cluster that the flags of server and status name."""
     access = cluster_access(options, os.environ)
-    pools = CLOUDS[options.cloud].pools(options, calls, stop.wait)
+    pools = cloud_pools(options, calls, stop)
     store = TokenStore(
         Cluster(access, calls, stop.wait),
         owner_hash(options.cloud, pools.scope, options.tag_name, options.filter),
@@ -2344,6 +3015,17 @@ def server_parts(
         ttl=options.token_ttl,
     )
     return pools, store
+
+
+def cloud_pools(options: argparse.Namespace, calls: Calls, stop: Stop) -> Pools:
+    """The server's side of the cloud that was named, or of the one we are in."""
+    if options.cloud == "auto":
+        try:
+            options.cloud = detect_cloud(stop.wait)
+        except CallFailed as error:
+            raise SetupError(f"--cloud auto: {error}; pass --cloud {' or '.join(CLOUDS)}") from None
+        CLOUDS[options.cloud].check(options)
+    return CLOUDS[options.cloud].pools(options, calls, stop.wait)
 
 
 def run_server(options: argparse.Namespace, stop: Stop) -> int:
@@ -2447,7 +3129,7 @@ def status_row(action: Action, join: Join, now: float) -> Row:
         node=node.id,
         pool=node.pool,
         lifecycle=node.state,
-        tag="consumed" if node.consumed else "waiting" if node.token else "none",
+        tag="consumed" if node.consumed or node.received else "waiting" if node.token else "none",
         token_id=token.id if token else "",
         age=now - live.first_issued if live else None,
         expires_in=live.expires - now if live else None,
@@ -2470,9 +3152,10 @@ def node_state(node: Node, secret: TokenSecret | None, join: Join, now: float) -
         return "joined", "its token is revoked in the next pass"
     age = format_duration(now - secret.first_issued)
     slow = now - secret.first_issued >= STUCK
-    if not node.consumed and node.token != secret.token:
+    taken = node.consumed or node.received or join not in (Join.NO_CSR, Join.UNKNOWN)
+    if not taken and node.token != secret.token:
         return "stuck" if slow else "waiting", "token not in its tag: is the server running, may it tag?"
-    if not node.consumed:
+    if not taken:
         words = f"tag not read in {age}: is the client running?" if slow else "tag not read yet"
         return "stuck" if slow else "waiting", words
     hints = {
@@ -2523,7 +3206,8 @@ def status_rows(server: Server, policy: Policy, node_id: str) -> list[Row]:
         for action in plan(world, policy)
     ]
     return sorted(
-        (row for row in rows if node_id in ("", row.node)), key=lambda row: (row.pool, row.node)
+        (row for row in rows if node_id in ("", row.node, *row.node.split("/"))),
+        key=lambda row: (row.pool, row.node),
     )
 
 
@@ -2727,15 +3411,15 @@ class Client:
             "%s kubeconfig=%s node=%s token_id=%s",
             "written" if changed else "unchanged", self._path, node_id, token.id,
         )
-        self._mark(node_id)
+        self._mark(node_id, token)
         log.info("consumed node=%s tag=%s token_id=%s", node_id, self._tag_name, token.id)
 
-    def _mark(self, node_id: str) -> None:
+    def _mark(self, node_id: str, token: Token) -> None:
         """Mark the tag, with patience: a new role's rights can take a while to be known."""
 
         def mark() -> None:
             try:
-                self._instance.mark_consumed()
+                self._instance.mark_consumed(token)
             except KetoError as error:
                 log.warning("the tag is not marked yet: %s", error)
                 raise CallFailed(str(error), again=True) from None
@@ -2753,8 +3437,7 @@ class Client:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimedOut(f"no token after {format_duration(self._timeout)}: {why}")
-        pause = self._instance.pause(self._interval) * random.uniform(0.75, 1.25)
-        self._stop.wait(min(left, pause))
+        self._instance.wait_for_change(min(left, self._interval * random.uniform(0.75, 1.25)))
         if self._stop.signum:
             raise Interrupted(self._stop.signum)
 
@@ -2891,11 +3574,17 @@ def client_trust(options: argparse.Namespace, stop: Stop) -> Callable[[Token], A
     return lambda token: discover(options.master, token, options.ca_cert_hash, stop.wait)
 
 
+def this_instance(options: argparse.Namespace, stop: Stop) -> Instance:
+    """The client's side of the cloud that was named, or of the one that it finds itself in."""
+    make = AutoInstance if options.cloud == "auto" else CLOUDS[options.cloud].instance
+    return make(options, Calls(), stop.wait)
+
+
 def run_client(options: argparse.Namespace, stop: Stop) -> int:
     """The client command; the exit code."""
     path, trust = client_path(options), client_trust(options, stop)
     client = Client(
-        CLOUDS[options.cloud].instance(options, Calls(), stop.wait),
+        this_instance(options, stop),
         trust,
         path,
         tag_name=options.tag_name,
@@ -3027,7 +3716,7 @@ def check_server(look: Preflight, options: argparse.Namespace, stop: Stop) -> No
     cluster = Cluster(access, Calls(), stop.wait) if access else None
     look.step("token namespace", lambda: namespace_finding(options.token_namespace))
     pools = look.find("cloud", lambda: (
-        CLOUDS[options.cloud].pools(options, Calls(), stop.wait), options.cloud))
+        cloud_pools(options, Calls(), stop), options.cloud))
     if access and cluster and look.cluster(cluster):
         look.rights(cluster, options.token_namespace, options.leader_elect)
         live = _live_token(cluster, options, pools.scope) if pools else None
@@ -3057,7 +3746,7 @@ def check_client(look: Preflight, options: argparse.Namespace, stop: Stop) -> No
     """All that the client needs."""
     path, trust = client_path(options), client_trust(options, stop)
     look.step("kubeconfig", lambda: path_finding(path))
-    instance = CLOUDS[options.cloud].instance(options, Calls(), stop.wait)
+    instance = this_instance(options, stop)
     for subject, call in instance.checks():
         look.step(subject, call)
     token = look.find("tag", lambda: tag_finding(instance, options.tag_name))
@@ -3222,8 +3911,15 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 
 def parse_cloud(text: str) -> str:
-    """The name of a cloud that there is."""
-    return one_of(*CLOUDS)(text)
+    """The name of a cloud that there is, or auto."""
+    return one_of(*CLOUDS, "auto")(text)
+
+
+def parse_project(text: str) -> str:
+    """The id or number of a Google project, as the Compute API's discovery document has it."""
+    if not re.fullmatch(r"([a-z0-9.-]{1,253}:)?[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", text):
+        raise ValueError(f"{text!r} is not the id of a project")
+    return text
 
 
 @dataclass(frozen=True)
@@ -3291,7 +3987,8 @@ class Flag:
 
 
 GLOBAL_FLAGS = [
-    Flag("cloud", "cloud of the nodes: aws", ("CLOUD_PROVIDER",), parse_cloud, "aws", "NAME", "-c"),
+    Flag("cloud", "cloud of the nodes: aws, gce, or auto: the one whose metadata answers here "
+         "(default: aws; of the client: auto)", ("CLOUD_PROVIDER",), parse_cloud, "", "NAME", "-c"),
     Flag("verbose", "log each decision, not only changes", ("VERBOSE",), parse_bool),
 ]
 _TAG = Flag("tag-name", "tag that carries the token", ("TAG_NAME",), str, "KubeletToken", "NAME")
@@ -3299,9 +3996,10 @@ _INSECURE = Flag("insecure-skip-tls-verify", "do not verify the cluster: anybody
                  "take the token", ("INSECURE_SKIP_TLS_VERIFY",), parse_bool)
 
 VIEW_FLAGS = [
-    Flag("filter", "only groups with this tag; all of several must match", ("NODE_FILTER",),
-         parse_filter, metavar="KEY=VALUE", repeat=True),
-    Flag("all-groups", "serve every group of the region, when no filter is given", (), parse_bool),
+    Flag("filter", "only groups with this tag (GCE: instances with this label); all of several must "
+         "match", ("NODE_FILTER",), parse_filter, metavar="KEY=VALUE", repeat=True),
+    Flag("all-groups", "serve every group of the region or project, when no filter is given", (),
+         parse_bool),
     Flag("master", "URL of the Kubernetes API", ("KUBE_SERVICE_URL",), parse_url, metavar="URL"),
     Flag("kube-token", "bearer token for it; others can read arguments, so better by the variable",
          ("KUBE_SERVICE_TOKEN",), metavar="TOKEN"),
@@ -3313,6 +4011,8 @@ VIEW_FLAGS = [
     _INSECURE,
     Flag("region", "AWS region; else the profile's, else this instance's",
          ("AWS_REGION", "AWS_DEFAULT_REGION"), metavar="NAME"),
+    Flag("project", "GCE project; else this instance's", ("GCE_PROJECT", "CLOUDSDK_CORE_PROJECT"),
+         parse_project, metavar="ID"),
     _TAG,
     Flag("token-ttl", "lifetime of a token", ("TOKEN_TTL",), ttl_duration, "30m", "DURATION"),
     Flag("token-namespace", "namespace of the token Secrets", ("TOKEN_NAMESPACE",),
@@ -3501,10 +4201,8 @@ def command_of(options: argparse.Namespace) -> Command:
 
 def check_options(options: argparse.Namespace) -> None:
     """What only shows when all flags are known."""
-    try:
-        CLOUDS[options.cloud].tag_name(options.tag_name)
-    except ValueError as error:
-        raise UsageError(f"--tag-name [TAG_NAME]: {error}") from None
+    options.cloud = options.cloud or ("aws" if "filter" in options else "auto")
+    check_cloud(options)
     if "filter" not in options:
         return
     if options.command == "server" and options.leader_elect and (options.once or options.dry_run):
@@ -3515,9 +4213,20 @@ def check_options(options: argparse.Namespace) -> None:
     if bool(filters) == options.all_groups:
         raise UsageError(
             "--filter and --all-groups exclude each other" if filters else
-            "which groups? Pass --filter KEY=VALUE, or --all-groups for every group of the region"
+            "which groups? Pass --filter KEY=VALUE, or --all-groups for every group there is"
         )
     options.filter = filters
+
+
+def check_cloud(options: argparse.Namespace) -> None:
+    """Flags that the cloud, or none of those that it may turn out to be, can take."""
+    problems = []
+    for name in CLOUDS if options.cloud == "auto" else (options.cloud,):
+        try:
+            return CLOUDS[name].check(options)
+        except UsageError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 class LogFormatter(logging.Formatter):

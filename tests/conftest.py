@@ -14,8 +14,10 @@ import hypothesis
 import pytest
 
 import keto_tokens
+from clouds import AwsCloud, Cloud, GceCloud
 from clusters import RealCluster, StandinCluster, TestCluster
-from standin_aws import ACCESS, Aws
+from standin_aws import Aws
+from standin_gce import Gce
 from standin_imds import Imds
 
 # The same examples in each run of a continuous integration: what it says is about the change alone.
@@ -54,6 +56,42 @@ def aws(shared_aws: Aws, monkeypatch: pytest.MonkeyPatch) -> Iterator[Aws]:
     yield shared_aws
 
 
+@pytest.fixture(scope="session")
+def shared_gce() -> Iterator[Gce]:
+    with Gce() as gce:
+        yield gce
+
+
+@pytest.fixture
+def gce(shared_gce: Gce, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gce]:
+    """An empty project of Google's, which this process finds by its environment."""
+    shared_gce.reset()
+    for name, value in shared_gce.environment().items():
+        monkeypatch.setenv(name, value)
+    yield shared_gce
+
+
+@pytest.fixture
+def cloud_name(request: pytest.FixtureRequest) -> str:
+    """The cloud that a test runs on; suites for all of them set it by `BOTH`."""
+    return str(getattr(request, "param", "aws"))
+
+
+BOTH = pytest.mark.parametrize("cloud_name", ["aws", "gce"], indirect=True)
+
+
+@pytest.fixture
+def cloud(cloud_name: str, request: pytest.FixtureRequest) -> Iterator[Cloud]:
+    """The cloud, empty."""
+    made: Cloud
+    if cloud_name == "gce":
+        made = GceCloud(request.getfixturevalue("gce"))
+    else:
+        made = AwsCloud(request.getfixturevalue("aws"), request.getfixturevalue("imds"))
+    yield made
+    made.close()
+
+
 @pytest.fixture
 def imds() -> Iterator[Imds]:
     with Imds() as service:
@@ -67,9 +105,10 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in {name for flag in flags for name in flag.env}:
         monkeypatch.delenv(variable, raising=False)
     for name in sorted(os.environ):
-        if name.startswith("AWS_") or "proxy" in name.lower():
+        if name.startswith(("AWS_", "GCE_", "GOOGLE_", "CLOUDSDK_")) or "proxy" in name.lower():
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # of this machine, if it has one
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:1")
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
 
 
@@ -133,14 +172,36 @@ def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 @dataclass
 class World:
-    """AWS, the metadata service and a cluster, with the program between them."""
+    """A cloud and a cluster, with the program between them."""
 
-    aws: Aws
-    imds: Imds
+    cloud: Cloud
     cluster: TestCluster
     program: Program
     folder: Path
     known: set[str] = field(default_factory=set)  # secrets that were seen to exist
+
+    @property
+    def aws(self) -> Aws:
+        """AWS, in tests of it alone."""
+        assert isinstance(self.cloud, AwsCloud)
+        return self.cloud.aws
+
+    @property
+    def imds(self) -> Imds:
+        """Its metadata service."""
+        assert isinstance(self.cloud, AwsCloud)
+        return self.cloud.imds
+
+    @property
+    def gce(self) -> Gce:
+        """Google's, in tests of it alone."""
+        assert isinstance(self.cloud, GceCloud)
+        return self.cloud.gce
+
+    @property
+    def filters(self) -> list[str]:
+        """The flags that every server of these tests has."""
+        return self.cloud.filters("Role=compute")
 
     def __enter__(self) -> World:
         self.program.verbose = True
@@ -150,7 +211,7 @@ class World:
         """Whatever the test did, and however it failed: nothing secret was written for others to see."""
         said = "".join(self.program.said)
         secrets = self.known | self.program.leaks | self.cluster.secrets()
-        for secret in secrets | {ACCESS["AWS_SECRET_ACCESS_KEY"], "PRIVATE KEY"}:
+        for secret in secrets | self.cloud.secrets() | {"PRIVATE KEY"}:
             assert secret not in said, "a secret is in the output"
         for path in self.folder.rglob("*"):
             if path.is_file() and any(half in path.read_text() for half in self.known):
@@ -158,7 +219,7 @@ class World:
 
     def server(self, *argv: str, filters: list[str] | None = None, **environ: str) -> Result:
         """A pass of the server."""
-        base = ["server", "--once", *(FILTER if filters is None else filters)]
+        base = ["server", "--once", *(self.filters if filters is None else filters)]
         result = self.program(*base, *self.cluster.server_flags(), *argv, **environ)
         self.known |= self.secrets()
         return result
@@ -171,12 +232,16 @@ class World:
             "--timeout", "20s", *argv, **{**self.node_environment(node), **environ},
         )
 
+    def take(self, node: str, *argv: str) -> None:
+        """The client takes the token, and the tag says so; on GCE it is the server that writes it."""
+        done = self.client(node, *argv)
+        assert done.code == 0, done.err
+        if self.cloud.name == "gce":
+            assert self.server(*argv).pass_line["marked"] == "1"
+
     def node_environment(self, node: str) -> dict[str, str]:
         """What makes a process run as this instance."""
-        return {
-            "AWS_EC2_METADATA_SERVICE_ENDPOINT": self.imds.url(node),
-            "AWS_EC2_METADATA_DISABLED": "false",
-        }
+        return self.cloud.node_environment(node)
 
     def kubeconfig(self, node: str) -> Path:
         """Where the client of an instance writes."""
@@ -209,19 +274,17 @@ class World:
 
 
 @pytest.fixture
-def world(
-    aws: Aws, imds: Imds, cluster: TestCluster, program: Program, tmp_path: Path
-) -> Iterator[World]:
-    with World(aws, imds, cluster, program, tmp_path / "nodes") as made:
+def world(cloud: Cloud, cluster: TestCluster, program: Program, tmp_path: Path) -> Iterator[World]:
+    with World(cloud, cluster, program, tmp_path / "nodes") as made:
         yield made
 
 
 @pytest.fixture
 def faulty(
-    aws: Aws, imds: Imds, standin: StandinCluster, program: Program, tmp_path: Path
+    cloud: Cloud, standin: StandinCluster, program: Program, tmp_path: Path
 ) -> Iterator[World]:
     """The same with a cluster that can be made to fail, or to be at another time."""
-    with World(aws, imds, standin, program, tmp_path / "nodes") as made:
+    with World(cloud, standin, program, tmp_path / "nodes") as made:
         yield made
 
 

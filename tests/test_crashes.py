@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
+from clouds import kubelet_name
 from clusters import SECRETS, StandinCluster
-from conftest import FILTER, REPOSITORY, World
+from conftest import BOTH, REPOSITORY, World
 
+pytestmark = BOTH
 Row = Callable[[World, str], None]
 
 
@@ -29,7 +31,7 @@ def api(world: World) -> Any:
 
 def consumed(world: World, node: str) -> str:
     world.server()
-    token = world.aws.tag(node)
+    token = world.cloud.tag(node)
     assert token is not None and world.client(node).code == 0
     return token
 
@@ -39,12 +41,12 @@ def new(world: World, node: str) -> None:
 
 
 def rubbish(world: World, node: str) -> None:
-    world.aws.set_tag(node, "rubbish")
+    world.cloud.set_tag(node, "rubbish")
 
 
 def publish(world: World, node: str) -> None:
     world.server()
-    world.aws.delete_tag(node)
+    world.cloud.delete_tag(node)
 
 
 def extend(world: World, node: str) -> None:
@@ -65,15 +67,15 @@ def expired(world: World, node: str) -> None:
 
 def finish(world: World, node: str) -> None:
     world.server()
-    world.cluster.join(world.token_of(node), f"node-{node}")
+    world.cluster.join(world.token_of(node), kubelet_name(node))
 
 
 def revoke(world: World, node: str) -> None:
-    world.cluster.join(consumed(world, node), f"node-{node}")
+    world.cluster.join(consumed(world, node), kubelet_name(node))
 
 
 def csr_waits(world: World, node: str) -> None:
-    world.cluster.request_certificate(consumed(world, node), f"node-{node}")
+    world.cluster.request_certificate(consumed(world, node), kubelet_name(node))
     api(world).clock += 1500
 
 
@@ -83,20 +85,20 @@ def in_vain(world: World, node: str) -> None:
 
 
 def rejoin(world: World, node: str) -> None:
-    world.cluster.join(consumed(world, node), f"node-{node}")
+    world.cluster.join(consumed(world, node), kubelet_name(node))
     api(world).clock += 5
-    world.aws.delete_tag(node)
+    world.cloud.delete_tag(node)
 
 
 def gone(world: World, node: str) -> None:
     world.server()
-    world.aws.terminate(node)
+    world.cloud.terminate(node)
     api(world).clock += 70
 
 
 def new_disk(world: World, node: str) -> None:
-    world.aws.set_tag(node, "Success")
-    world.aws.states[node] = "ReplacingRootVolume"
+    world.cloud.set_tag(node, "Success")
+    world.cloud.set_state(node, "ReplacingRootVolume")
 
 
 SERVER_ROWS: list[Row] = [new, rubbish, publish, extend, lost, expired, finish, revoke, csr_waits,
@@ -116,7 +118,7 @@ def old_file(world: World, node: str) -> None:
 
 def unmarked(world: World, node: str) -> None:
     token = consumed(world, node)
-    world.aws.set_tag(node, token)
+    world.cloud.set_tag(node, token)
 
 
 CLIENT_ROWS: list[Row] = [first_time, old_file, unmarked]
@@ -124,7 +126,7 @@ CLIENT_ROWS: list[Row] = [first_time, old_file, unmarked]
 
 def start(world: World, row: Row) -> str:
     """The world as the row begins: one group of one node, and somebody else's token."""
-    world.aws.reset()
+    world.cloud.reset()
     api(world).objects.clear()
     api(world).clock, api(world).cleaner = 0.0, True
     api(world).put("configmaps", "kube-public", "cluster-info", {"data": {"kubeconfig": ""}})
@@ -133,7 +135,7 @@ def start(world: World, row: Row) -> str:
         "type": "bootstrap.kubernetes.io/token",
         "data": {key: base64.b64encode(value.encode()).decode() for key, value in data.items()},
     })
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     row(world, node)
     return node
 
@@ -142,11 +144,11 @@ def cut(world: World, folder: Path, after: int, node: str, role: str) -> tuple[i
     """Run until after that effect; how it ended and the effects there were."""
     report = folder / "effects"
     report.write_text("")
-    argv = ["server", "--once", *FILTER, *world.cluster.server_flags()]
+    argv = ["server", "--once", *world.filters, *world.cluster.server_flags()]
     if role == "client":
         argv = ["client", "--master", world.cluster.url, "--ca-path", str(world.cluster.ca_path),
                 "--kubeconfig", str(world.kubeconfig(node)), "--interval", "50ms", "--timeout", "20s"]
-    environ = {**world.aws.environment(), **world.node_environment(node)}
+    environ = {**world.cloud.environment(), **world.node_environment(node)}
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "tests" / "cut.py"), str(after), str(report), *argv],
         env={**environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=60,
@@ -157,8 +159,8 @@ def cut(world: World, folder: Path, after: int, node: str, role: str) -> tuple[i
 
 def check(world: World, node: str, others: Any) -> str:
     """What must be true after the next run, whatever was cut off; the outcome in a word."""
-    secret, tag = world.secret_of(node), world.aws.tag(node)
-    if node in world.aws.members("compute"):
+    secret, tag = world.secret_of(node), world.cloud.tag(node)
+    if node in world.cloud.members("compute"):
         assert tag == "Success" or (secret and tag == world.token_of(node)), tag
         if secret and tag != "Success":
             assert world.cluster.whoami(str(tag)) == f"system:bootstrap:{str(tag)[:6]}"

@@ -158,7 +158,7 @@ IMDS_REPLIES = st.builds(Reply, st.sampled_from([200, 200, 200, 401, 404, 500, 3
 @given(st.lists(IMDS_REPLIES, min_size=1, max_size=8))
 def test_any_answer_of_the_metadata_service(replies: list[Reply]) -> None:
     imds = keto_tokens.Imds({}, lambda seconds: None)
-    instance = keto_tokens.AwsInstance("KubeletToken", "imds", imds, Calls())
+    instance = keto_tokens.AwsInstance("KubeletToken", "imds", imds, Calls(), lambda seconds: None)
     with wire(replies):
         with suppress(KetoError):
             assert instance.identify().startswith("i-")
@@ -180,10 +180,10 @@ class Tagged:
     def read_tag(self) -> str | None:
         return self.value
 
-    def pause(self, interval: float) -> float:
-        return 0.0
+    def wait_for_change(self, seconds: float) -> None:
+        """At once."""
 
-    def mark_consumed(self) -> None:
+    def mark_consumed(self, token: Token) -> None:
         self.marked = True
 
     def checks(self) -> list[tuple[str, Callable[[], str]]]:

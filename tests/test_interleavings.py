@@ -177,7 +177,7 @@ def seen(history: list[tuple[float, T]], moment: float) -> T | None:
 class Pools:
     """The cloud as one server sees it: members and tags as they were some seconds ago."""
 
-    scope = "here"
+    scope, workers = "here", 8
 
     def __init__(self, api: Api, machines: dict[str, Machine], line: Line):
         self._api, self._machines, self._line = api, machines, line

@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 
+from clouds import kubelet_name
 from clusters import SECRETS, StandinCluster
-from conftest import FILTER, Result, World
+from conftest import BOTH, Result, World
+
+pytestmark = BOTH
 
 
 def joined(world: World, node: str, name: str = "") -> str:
     """Bring a node all the way in; its token."""
-    token = world.aws.tag(node)
+    token = world.cloud.tag(node)
     assert token is not None
-    assert world.client(node).code == 0
-    world.cluster.join(token, name or f"node-{node}")
+    world.take(node)
+    world.cluster.join(token, name or kubelet_name(node))
     return token
 
 
@@ -29,63 +32,63 @@ def api(world: World) -> Any:
 
 
 def test_a_token_is_revoked_once_its_node_has_joined(world: World) -> None:
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
     joined(world, node)
     result = world.server()
     assert (result.code, result.pass_line["revoked"]) == (0, "1")
     assert world.secret_of(node) is None
-    assert world.aws.tag(node) == "Success"
+    assert world.cloud.tag(node) == "Success"
     assert world.server().pass_line["issued"] == "0"
 
 
 def test_a_certificate_without_a_node_is_no_join(world: World) -> None:
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
-    token = world.aws.tag(node)
+    token = world.cloud.tag(node)
     assert token is not None
-    assert world.client(node).code == 0
-    csr = world.cluster.request_certificate(token, f"node-{node}")
+    world.take(node)
+    csr = world.cluster.request_certificate(token, kubelet_name(node))
     assert world.server().pass_line["revoked"] == "0"
     world.cluster.decide(csr)
     assert world.server().pass_line["revoked"] == "0"
-    world.cluster.add_node(f"node-{node}")
+    world.cluster.add_node(kubelet_name(node))
     assert world.server().pass_line["revoked"] == "1"
 
 
 def test_a_join_without_a_mark_is_finished_by_the_server(world: World) -> None:
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
-    token = world.aws.tag(node)
+    token = world.cloud.tag(node)
     assert token is not None
-    world.cluster.join(token, f"node-{node}")
+    world.cluster.join(token, kubelet_name(node))
     assert world.server().pass_line["revoked"] == "1"
-    assert world.aws.tag(node) == "Success"
+    assert world.cloud.tag(node) == "Success"
     assert world.secret_of(node) is None
 
 
 def test_a_node_whose_tag_is_deleted_gets_a_new_token_in_the_next_pass(world: World) -> None:
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
     first = joined(world, node)
     world.server()
-    world.aws.delete_tag(node)
+    world.cloud.delete_tag(node)
     assert world.server().pass_line["issued"] == "1"
     second = joined(world, node)
     assert second != first
     assert world.server().pass_line["revoked"] == "1"
-    assert world.aws.tag(node) == "Success"
+    assert world.cloud.tag(node) == "Success"
 
 
 def test_an_old_token_that_is_still_live_is_replaced_on_a_rejoin(faulty: World) -> None:
     world = faulty
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
     first = joined(world, node)
     api(world).clock += 5
-    world.aws.delete_tag(node)
+    world.cloud.delete_tag(node)
     assert world.server().pass_line["issued"] == "1"
-    second = world.aws.tag(node)
+    second = world.cloud.tag(node)
     assert second == world.token_of(node) != first
     api(world).clock += 5
     assert world.server().pass_line["revoked"] == "0"  # the earlier join is not this one's
@@ -94,7 +97,7 @@ def test_an_old_token_that_is_still_live_is_replaced_on_a_rejoin(faulty: World) 
 
 
 def test_without_revocation_the_secret_stays(world: World) -> None:
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
     joined(world, node)
     assert world.server("--no-revoke").pass_line["revoked"] == "0"
@@ -103,9 +106,9 @@ def test_without_revocation_the_secret_stays(world: World) -> None:
 
 def test_the_token_of_a_node_that_is_gone_is_revoked_after_a_minute(faulty: World) -> None:
     world = faulty
-    first, second = world.aws.group("compute", 2, Role="compute")
+    first, second = world.cloud.group("compute", 2, Role="compute")
     world.server()
-    world.aws.terminate(first)
+    world.cloud.terminate(first)
     assert world.server().pass_line["revoked"] == "0"
     api(world).clock += 61
     assert world.server().pass_line["revoked"] == "1"
@@ -114,22 +117,20 @@ def test_the_token_of_a_node_that_is_gone_is_revoked_after_a_minute(faulty: Worl
 
 
 def test_a_listing_that_fails_revokes_nothing(faulty: World) -> None:
-    from standin_aws import refusal
-
     world = faulty
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
     api(world).clock += 61
-    world.aws.fail("DescribeAutoScalingGroups", refusal("AccessDenied", 403))
+    world.cloud.refuse("list")
     assert world.server().code == 4
     assert world.secret_of(node) is not None
 
 
 def test_a_terminating_node_loses_its_token(faulty: World) -> None:
     world = faulty
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
-    world.aws.states[node] = "Terminating:Wait"
+    world.cloud.set_state(node, world.cloud.words.ending)
     api(world).clock += 61
     assert world.server().pass_line["revoked"] == "1"
     assert world.secret_of(node) is None
@@ -137,11 +138,12 @@ def test_a_terminating_node_loses_its_token(faulty: World) -> None:
 
 def test_a_kubelet_that_waits_for_its_certificate_keeps_its_token_until_give_up(faulty: World) -> None:
     world = faulty
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
-    token = world.aws.tag(node)
-    assert token is not None and world.client(node).code == 0
-    world.cluster.request_certificate(token, f"node-{node}")
+    token = world.cloud.tag(node)
+    assert token is not None
+    world.take(node)
+    world.cluster.request_certificate(token, kubelet_name(node))
     for _ in range(5):
         api(world).clock += 21 * 60
         assert world.server().pass_line["extended"] == "1"
@@ -157,35 +159,21 @@ def test_a_token_that_was_consumed_in_vain_is_given_anew_until_give_up(
     faulty: World, denied: bool
 ) -> None:
     world = faulty
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
-    tokens = {world.aws.tag(node)}
-    assert world.client(node).code == 0
+    tokens = {world.cloud.tag(node)}
+    world.take(node)
     if denied:
         token = world.token_of(node)
-        world.cluster.decide(world.cluster.request_certificate(token, f"node-{node}"), "Denied")
+        world.cluster.decide(world.cluster.request_certificate(token, kubelet_name(node)), "Denied")
     for _ in range(5):
         api(world).clock += 21 * 60
         assert world.server().pass_line["issued"] == "1"
-        tokens.add(world.aws.tag(node))
-        assert world.client(node).code == 0
+        tokens.add(world.cloud.tag(node))
+        world.take(node)
     assert len(tokens) == 6
     api(world).clock += 21 * 60
     assert world.server("--give-up", "2h").pass_line["issued"] == "0"
-
-
-def test_a_new_root_volume_gets_a_new_token(faulty: World) -> None:
-    world = faulty
-    (node,) = world.aws.group("compute", 1, Role="compute")
-    world.server()
-    joined(world, node)
-    world.server()
-    api(world).clock += 4000
-    world.aws.states[node] = "ReplacingRootVolume"
-    assert world.server().pass_line["issued"] == "1"
-    joined(world, node)
-    assert world.server().pass_line["revoked"] == "1"
-    assert world.server().pass_line["issued"] == "0"
 
 
 # --- rights ------------------------------------------------------------------------------------------
@@ -198,11 +186,11 @@ NODES = ("get", "", "nodes", "")
 @pytest.mark.parametrize("missing", [CSRS, NODES], ids=["CSRs", "Nodes"])
 def test_without_the_right_to_see_joins_tokens_expire(faulty: World, missing: Any) -> None:
     world = faulty
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     token = api(world).account([*BASE, *({CSRS, NODES} - {missing})])
 
     def limited(*argv: str) -> Result:
-        return world.program("server", "--once", *FILTER, "--master", world.cluster.url, "--ca-path",
+        return world.program("server", "--once", *world.filters, "--master", world.cluster.url, "--ca-path",
                              str(world.cluster.ca_path), KUBE_SERVICE_TOKEN=token)
 
     assert limited().code == 0
@@ -216,9 +204,9 @@ def test_without_the_right_to_see_joins_tokens_expire(faulty: World, missing: An
 
 def test_the_rights_of_the_readme_are_enough(faulty: World) -> None:
     world = faulty
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     token = api(world).account([*BASE, CSRS, NODES])
-    flags = ["server", "--once", *FILTER, "--master", world.cluster.url, "--ca-path",
+    flags = ["server", "--once", *world.filters, "--master", world.cluster.url, "--ca-path",
              str(world.cluster.ca_path)]
     assert world.program(*flags, KUBE_SERVICE_TOKEN=token).code == 0
     joined(world, node)
@@ -241,7 +229,7 @@ def foreign(token_id: str, **metadata: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["kubeadm", "other owner", "no annotation", "another node's"])
 def test_what_only_looks_like_ours_is_never_touched(world: World, kind: str) -> None:
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
     ours = world.secret_of(node)
     assert ours is not None
@@ -255,24 +243,24 @@ def test_what_only_looks_like_ours_is_never_touched(world: World, kind: str) -> 
     name = ours["metadata"]["name"]
     world.cluster.request("DELETE", f"{SECRETS}/{name}")
     body = world.cluster.request("POST", SECRETS, foreign(name[-6:], **metadata))
-    world.aws.delete_tag(node)
+    world.cloud.delete_tag(node)
     assert world.server().pass_line["issued"] == "1"
     assert world.server().code == 0
-    world.aws.terminate(node)
+    world.cloud.terminate(node)
     world.server()
     assert world.cluster.request("GET", f"{SECRETS}/{name}") == body
 
 
 def test_a_name_that_is_taken_is_walked_around(world: World) -> None:
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
     taken = world.token_of(node)[:6]
     world.cluster.request("DELETE", f"{SECRETS}/bootstrap-token-{taken}")
-    world.aws.delete_tag(node)
+    world.cloud.delete_tag(node)
     world.cluster.request("POST", SECRETS, foreign(taken))
     world.server()
     assert world.token_of(node)[:6] != taken
-    assert world.aws.tag(node) == world.token_of(node)
+    assert world.cloud.tag(node) == world.token_of(node)
     joined(world, node)
     assert world.server().pass_line["revoked"] == "1"
 
@@ -281,7 +269,7 @@ def test_a_name_that_is_taken_is_walked_around(world: World) -> None:
 
 
 def status(world: World, *argv: str) -> Result:
-    return world.program("status", *FILTER, *world.cluster.server_flags(), *argv)
+    return world.program("status", *world.filters, *world.cluster.server_flags(), *argv)
 
 
 def rows(world: World) -> dict[str, dict[str, Any]]:
@@ -290,16 +278,16 @@ def rows(world: World) -> dict[str, dict[str, Any]]:
 
 
 def test_status_follows_a_node(world: World) -> None:
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     assert (rows(world)[node]["state"], rows(world)[node]["tag"]) == ("new", "none")
     world.server()
     token = world.token_of(node)
     row = rows(world)[node]
     assert (row["state"], row["tag"], row["token_id"]) == ("waiting", "waiting", token[:6])
     assert 1700 < row["expires_in"] <= 1800
-    assert world.client(node).code == 0
+    world.take(node)
     assert (rows(world)[node]["state"], rows(world)[node]["tag"]) == ("joining", "consumed")
-    world.cluster.join(token, f"node-{node}")
+    world.cluster.join(token, kubelet_name(node))
     assert rows(world)[node]["state"] == "joined"
     world.server()
     result = status(world)
@@ -308,7 +296,7 @@ def test_status_follows_a_node(world: World) -> None:
     assert header.split() == [
         "NODE", "POOL", "LIFECYCLE", "TAG", "TOKEN", "AGE", "EXPIRES", "STATE", "REASON",
     ]
-    assert line.split() == [node, "compute", "InService", "consumed", "-", "-", "-", "joined"]
+    assert line.split() == [node, "compute", world.cloud.words.running, "consumed", "-", "-", "-", "joined"]
 
 
 @pytest.mark.parametrize(("consumed", "csr", "words"), [
@@ -322,13 +310,13 @@ def test_status_says_where_a_node_is_stuck(
     faulty: World, consumed: bool, csr: str, words: str
 ) -> None:
     world = faulty
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
     token = world.token_of(node)
     if consumed:
-        assert world.client(node).code == 0
+        world.take(node)
     if csr:
-        name = world.cluster.request_certificate(token, f"node-{node}")
+        name = world.cluster.request_certificate(token, kubelet_name(node))
         if csr != "waits":
             world.cluster.decide(name, csr)
     api(world).clock += 660
@@ -340,16 +328,16 @@ def test_status_says_where_a_node_is_stuck(
 
 
 def test_status_of_one_node_and_of_none(world: World) -> None:
-    first, second = world.aws.group("compute", 2, Role="compute")
+    first, second = world.cloud.group("compute", 2, Role="compute")
     result = status(world, "--node", first, "-o", "wide")
     assert (result.code, first in result.out, second in result.out) == (0, True, False)
     assert "SECRET" in result.out and "is the server running" in result.out
-    unknown = status(world, "--node", "i-0123456789abcdef0")
+    unknown = status(world, "--node", world.cloud.words.no_node)
     assert (unknown.code, unknown.out) == (3, "")
 
 
 def test_status_changes_nothing(world: World) -> None:
-    world.aws.group("compute", 1, Role="compute")
+    world.cloud.group("compute", 1, Role="compute")
     status(world)
-    assert set(world.aws.count()) == {"DescribeAutoScalingGroups", "DescribeTags"}
+    assert world.cloud.count() == world.cloud.words.reads
     assert world.cluster.token_secrets() == []

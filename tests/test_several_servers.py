@@ -302,7 +302,7 @@ def test_a_server_that_leads_no_more_leaves_the_rest(faulty: World) -> None:
     faulty.aws.group("compute", 40, Role="compute")
     api = api_of(faulty)
     new_server(faulty, may_work=lambda: count(api, "create", "secrets") < 5).run_pass()
-    assert 5 <= len(tokens(api)) < 5 + keto_tokens.WORKERS
+    assert 5 <= len(tokens(api)) < 5 + keto_tokens.AwsPools.workers
     assert all(faulty.aws.tag(node) == held[0] for node, held in tokens(api).items())
 
 

@@ -369,13 +369,6 @@ def test_a_name_that_metadata_cannot_carry(faulty: World, name: str) -> None:
     assert "is read by the EC2 API" in result.err
 
 
-def test_metadata_is_asked_every_second_and_the_api_every_interval() -> None:
-    imds = keto_tokens.Imds({})
-    fast = keto_tokens.AwsInstance("KubeletToken", "imds", imds, keto_tokens.Calls())
-    slow = keto_tokens.AwsInstance("KubeletToken", "api", imds, keto_tokens.Calls())
-    assert (fast.pause(5.0), slow.pause(5.0), fast.pause(0.1)) == (1.0, 5.0, 0.1)
-
-
 def test_csrs_of_a_real_server_name_their_nodes() -> None:
     bodies = recorded(35)["response"]["body"]["items"]
     names = {csr.node_name for csr in map(keto_tokens.parse_csr, bodies) if csr}
