@@ -2225,10 +2225,10 @@ def google_answer(what: str, reply: Reply, hide: Sequence[str]) -> dict[str, Any
 def google_url(text: str, origin: str) -> str:
     """A URL that credentials may be sent to: https, or this very machine.  Raises SetupError."""
     try:
-        parse_url(text)
+        url = urllib.parse.urlsplit(text)
+        parse_url(f"{url.scheme}://{url.netloc}")  # the path may hold the address of an account
     except ValueError as error:
         raise SetupError(f"{origin}: {error}") from None
-    url = urllib.parse.urlsplit(text)
     if url.scheme == "http" and not is_loopback(url.hostname or ""):
         raise SetupError(f"{origin}: {text} is not encrypted")
     return text
@@ -2402,7 +2402,7 @@ class GcePools:
             answer = self._api.request("compute.instances.getGuestAttributes", "GET",
                                        f"{self._path(node.id)}/getGuestAttributes", query=query)
         except CallFailed as error:
-            if error.status == 403:
+            if error.status == 403 and "permission" in str(error):
                 self._warn_once(f"that a token was taken is only seen by the join: {error}")
             log.debug("no receipt node=%s: %s", node.id, error)
             return False
@@ -2449,17 +2449,16 @@ class GcePools:
         zone, what = node_id.partition("/")[0], f"compute.instances.setMetadata {node_id}"
         path = f"/projects/{self.scope}/zones/{zone}/operations/{operation.get('name')}/wait"
         for _ in range(ATTEMPTS):
-            if operation.get("status") == "DONE":
-                break
-            operation = self._api.request(
-                "compute.zoneOperations.wait", "POST", path, patience=GCE_OPERATION)
-        else:
-            raise CallFailed(f"{what}: not done after {ATTEMPTS * 2} minutes", again=True)
+            if operation.get("status") != "DONE":
+                operation = self._api.request(
+                    "compute.zoneOperations.wait", "POST", path, patience=GCE_OPERATION)
+        if operation.get("status") != "DONE":
+            raise CallFailed(f"{what}: not done after {ATTEMPTS * 2} minutes")
         errors = dig(operation, "error", "errors")
-        if operation.get("httpErrorStatusCode") == 412:
+        first = errors[0] if isinstance(errors, list) and errors else operation.get("error")
+        if operation.get("httpErrorStatusCode") == 412 or dig(first, "code") == "CONDITION_NOT_MET":
             raise _Stale(what)
-        if errors or operation.get("error"):
-            first = errors[0] if isinstance(errors, list) and errors else {}
+        if first:
             raise CallFailed(f"{what}: {dig(first, 'code')}: {redact(str(dig(first, 'message')))}")
 
     def checks(self, filters: Mapping[str, str]) -> Iterable[tuple[str, Callable[[], str]]]:

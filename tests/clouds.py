@@ -131,7 +131,8 @@ class GceCloud:
 
     def tag(self, node: str, name: str = "KubeletToken") -> str | None:
         """The value of a metadata item."""
-        return self.gce.metadata(number_of(node)).get(name)
+        alive = number_of(node) in self.gce.instances
+        return self.gce.metadata(number_of(node)).get(name) if alive else None
 
     def set_tag(self, node: str, value: str, name: str = "KubeletToken") -> None:
         """Set a metadata item."""
@@ -143,7 +144,7 @@ class GceCloud:
 
     def node_environment(self, node: str) -> dict[str, str]:
         """What makes a process run as this instance."""
-        return self.gce.node_environment(number_of(node))
+        return {**self.gce.node_environment(number_of(node)), "AWS_EC2_METADATA_DISABLED": "true"}
 
     def filters(self, *pairs: str) -> list[str]:
         """The flags that name these labels."""

@@ -217,10 +217,13 @@ class World:
             if path.is_file() and any(half in path.read_text() for half in self.known):
                 assert path.stat().st_mode & 0o077 == 0, f"others can read {path}"
 
-    def server(self, *argv: str, filters: list[str] | None = None, **environ: str) -> Result:
+    def server(
+        self, *argv: str, filters: list[str] | None = None, environ: dict[str, str] | None = None,
+        **more: str,
+    ) -> Result:
         """A pass of the server."""
         base = ["server", "--once", *(self.filters if filters is None else filters)]
-        result = self.program(*base, *self.cluster.server_flags(), *argv, **environ)
+        result = self.program(*base, *self.cluster.server_flags(), *argv, **(environ or {}), **more)
         self.known |= self.secrets()
         return result
 

@@ -32,7 +32,8 @@ def api(world: World) -> Any:
 def consumed(world: World, node: str) -> str:
     world.server()
     token = world.cloud.tag(node)
-    assert token is not None and world.client(node).code == 0
+    assert token is not None
+    world.take(node)
     return token
 
 
@@ -101,8 +102,13 @@ def new_disk(world: World, node: str) -> None:
     world.cloud.set_state(node, "ReplacingRootVolume")
 
 
+def receipt(world: World, node: str) -> None:
+    world.server()
+    assert world.client(node).code == 0
+
+
 SERVER_ROWS: list[Row] = [new, rubbish, publish, extend, lost, expired, finish, revoke, csr_waits,
-                          in_vain, rejoin, gone, new_disk]
+                          in_vain, rejoin, gone, new_disk, receipt]
 
 
 def first_time(world: World, node: str) -> None:
@@ -179,6 +185,10 @@ def check(world: World, node: str, others: Any) -> str:
 
 @pytest.mark.parametrize("row", SERVER_ROWS, ids=lambda row: row.__name__)
 def test_a_server_killed_after_any_effect(faulty: World, tmp_path: Path, row: Row) -> None:
+    if row is new_disk and faulty.cloud.name != "aws":
+        return  # no other cloud replaces a root volume under an instance
+    if row is receipt and faulty.cloud.name != "gce":
+        return  # nor leaves a receipt
     node = start(faulty, row)
     code, effects = cut(faulty, tmp_path, 0, node, "server")
     assert code == 0 and effects
@@ -198,7 +208,7 @@ def test_a_server_killed_after_any_effect(faulty: World, tmp_path: Path, row: Ro
 def test_a_client_killed_after_any_effect(faulty: World, tmp_path: Path, row: Row) -> None:
     node = start(faulty, row)
     code, effects = cut(faulty, tmp_path, 0, node, "client")
-    assert code == 0 and effects[-1] == "tag Success"
+    assert code == 0 and effects[-1] in ("tag Success", "PUT KubeletToken")
     for number in range(1, len(effects) + 1):
         faulty.folder = tmp_path / str(number)
         node = start(faulty, row)
@@ -207,7 +217,7 @@ def test_a_client_killed_after_any_effect(faulty: World, tmp_path: Path, row: Ro
         assert (code, seen) == (-signal.SIGKILL, effects[:number])
         path = faulty.kubeconfig(node)
         assert not path.exists() or path.read_text() == "older" or token in path.read_text()
-        assert faulty.client(node).code == 0
+        faulty.take(node)
         assert check_after(faulty, node) == "consumed"
         assert token in path.read_text()
         assert [each.name for each in path.parent.iterdir()] == [path.name], "something is left over"

@@ -240,7 +240,7 @@ def test_no_aws_region(faulty: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert faulty.server(AWS_REGION="eu-west-2").code == 0
     (node,) = faulty.aws.group("compute", 1, Role="compute")
     environ = faulty.node_environment(node)
-    assert faulty.server(filters=None, **environ).code == 0
+    assert faulty.server(environ=environ).code == 0
 
 
 def test_an_aws_profile_that_is_not_there(faulty: World) -> None:
