@@ -2,7 +2,7 @@
 # Build, test and try keto-tokens.  Needs CPython 3.10 or newer and the package index, nothing else.
 #
 #   ./build.sh         make dist/keto-tokens, one executable file
-#   ./build.sh demo    build, then see it work on this machine
+#   ./build.sh demo    build, then see it work on this machine (demo gce: on a stand-in for Google's cloud)
 #   ./build.sh test    lint, types and tests; further arguments go to pytest
 #   ./build.sh clean   remove what the others made
 set -euo pipefail

@@ -1,10 +1,11 @@
-"""./build.sh demo: the whole way of a token, from an empty account to three kubeconfigs, on this machine.
+"""./build.sh demo [aws|gce]: the whole way of a token, from nothing to three kubeconfigs, on this machine.
 
-It starts moto's server and the stand-ins on free ports of the loopback, runs the built file as an
-operator would, and shows the commands with their real output.
+It starts stand-ins for the cloud (moto's server for AWS) and the cluster on free ports of the loopback,
+runs the built file as an operator would, and shows the commands with their real output.
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -13,8 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from clouds import AwsCloud, Cloud, GceCloud
 from clusters import StandinCluster
 from standin_aws import Aws
+from standin_gce import Gce
 from standin_imds import Imds
 
 PROGRAM = Path(__file__).resolve().parent.parent / "dist" / "keto-tokens"
@@ -44,33 +47,36 @@ def run(folder: Path, environ: dict[str, str], *argv: str) -> None:
         sys.exit(f"demo: that ended with exit code {done.returncode}")
 
 
-def show_tags(aws: Aws, nodes: list[str]) -> None:
+def show_tags(cloud: Cloud, nodes: list[str]) -> None:
     """The tag of each instance."""
     for node in nodes:
-        print(f"  {node}  KubeletToken={masked(aws.tag(node) or '(none)')}", flush=True)
+        print(f"  {node}  KubeletToken={masked(cloud.tag(node) or '(none)')}", flush=True)
 
 
-def demo(folder: Path, aws: Aws, imds: Imds, cluster: StandinCluster) -> None:
+def demo(folder: Path, cloud: Cloud, cluster: StandinCluster) -> None:
     """A pass of the server, the client on each node, and what is there afterwards."""
-    nodes = aws.group("compute", 3, Role="compute", Env="demo")
-    environ = aws.environment()
+    nodes = cloud.group("compute", 3, Role="compute", Env="demo")
+    environ = cloud.environment()
     where = ["--master", cluster.url, "--ca-path", "ca.crt"]
-    filters = ["--filter", "Role=compute", "--filter", "Env=demo"]
+    filters = cloud.filters("Role=compute", "Env=demo")
     server = ["server", *filters, *where, "--kube-token-file", "admin-token"]
-    title("An auto-scaling group of three instances, none of them with a token:")
-    show_tags(aws, nodes)
+    title("A group of three instances, none of them with a token:")
+    show_tags(cloud, nodes)
     title("What would the server do?")
     run(folder, environ, *server, "--dry-run")
     title("One pass of the server: a Secret in the cluster and a tag on the instance, for each")
     run(folder, environ, *server, "--once")
-    show_tags(aws, nodes)
+    show_tags(cloud, nodes)
     title("The client, on each of the three instances:")
     for number, node in enumerate(nodes, 1):
-        here = {**environ, "AWS_EC2_METADATA_SERVICE_ENDPOINT": imds.url(node)}
+        here = {**environ, **cloud.node_environment(node)}
         path = f"node{number}/bootstrap-kubelet.conf"
         run(folder, here, "client", *where, "--kubeconfig", path)
+    if cloud.name == "gce":
+        title("A node cannot write its metadata, so the server marks what the clients left receipts for:")
+        run(folder, environ, *server, "--once")
     title("The tags afterwards:")
-    show_tags(aws, nodes)
+    show_tags(cloud, nodes)
     title("And how far is each?")
     run(folder, environ, "status", *server[1:])
     written = folder / "node1" / "bootstrap-kubelet.conf"
@@ -80,12 +86,18 @@ def demo(folder: Path, aws: Aws, imds: Imds, cluster: StandinCluster) -> None:
 
 def main() -> None:
     """Set up, show, take away."""
-    with tempfile.TemporaryDirectory(prefix="keto-tokens-demo-") as name:
-        folder = Path(name)
-        for variable in [each for each in os.environ if each.startswith("AWS_")]:
-            del os.environ[variable]
-        with Aws() as aws, Imds() as imds, StandinCluster(folder) as cluster:
-            demo(folder, aws, imds, cluster)
+    name = sys.argv[1] if len(sys.argv) > 1 else "aws"
+    if name not in ("aws", "gce"):
+        sys.exit(f"demo: {name!r} is neither aws nor gce")
+    for variable in [each for each in os.environ if each.startswith(("AWS_", "GCE_", "GOOGLE_"))]:
+        del os.environ[variable]
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="keto-tokens-demo-")))
+        cluster = stack.enter_context(StandinCluster(folder))
+        if name == "gce":
+            demo(folder, GceCloud(stack.enter_context(Gce())), cluster)
+        else:
+            demo(folder, AwsCloud(stack.enter_context(Aws()), stack.enter_context(Imds())), cluster)
 
 
 if __name__ == "__main__":

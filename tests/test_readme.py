@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+import keto_tokens
 from clusters import StandinCluster
 from conftest import FILTER, REPOSITORY, World
 from standin_aws import Aws
@@ -114,8 +115,6 @@ def test_the_rbac_allows_what_a_whole_life_uses_and_no_more(faulty: World) -> No
     assert faulty.client(node).code == 0
     faulty.cluster.join(faulty.token_of(node), f"node-{node}")
     server()
-    import keto_tokens
-
     access = keto_tokens.Access(faulty.cluster.url, "test", faulty.cluster.ca_path.read_text(),
                                 credential=keto_tokens.static_token(token))
     with keto_tokens.Leader(keto_tokens.Cluster(access, keto_tokens.Calls()), "kube-system", "x") as leader:
@@ -149,19 +148,20 @@ def test_the_shell_lines_parse(line: str) -> None:
 
 
 def test_every_flag_in_readme_is_one() -> None:
-    import keto_tokens
-
     flags = [*keto_tokens.GLOBAL_FLAGS]
     for command in keto_tokens.COMMANDS.values():
         flags += command.flags
     others = {"--enable-bootstrap-token-auth", "--bootstrap-kubeconfig", "--print-join-command",
-              "--resources", "--tags"}
+              "--resources", "--tags", "--file", "--keys", "--metadata"}
     used = set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", README))
     assert used <= {f"--{flag.name}" for flag in flags} | others
 
 
 def test_the_exit_codes_of_readme_are_those_of_the_program() -> None:
-    import keto_tokens
-
     in_doc = set(re.findall(r"^  (\d+\+?N?)  ", keto_tokens.__doc__ or "", re.MULTILINE))
     assert in_doc == set(re.findall(r"^\| (\d+\+?N?) \|", README, re.MULTILINE))
+
+
+def test_the_role_for_gce_is_what_the_program_needs() -> None:
+    (role,) = [yaml.safe_load(block) for block in blocks("yaml") if "includedPermissions" in block]
+    assert sorted(role["includedPermissions"]) == list(keto_tokens.GCE_PERMISSIONS)
