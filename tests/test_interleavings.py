@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import keto_tokens
-from keto_tokens import CONSUMED, Action, CallFailed, Listing, Policy, Reply, TokenSecret, aws_node, plan
+from keto_tokens import (
+    CONSUMED, Action, CallFailed, Listing, Policy, Reply, TokenSecret, aws_node, plan, receipt,
+)
 from pki import kubelet_request
 from standin_kubernetes import SIGNER, Kubernetes, Refusal, User
 
@@ -139,7 +141,9 @@ class Machine:
     group: str
     states: list[tuple[float, str]]  # since when, ""  for not there
     tags: list[tuple[float, str | None]] = field(default_factory=list)
+    receipts: list[tuple[float, str]] = field(default_factory=list)  # where its client cannot mark
     kubeconfig: str = ""  # the token in it
+    taken: set[str | None] = field(default_factory=set)  # all that were ever in it
     marking: bool = False  # the client is about to mark the tag
     key: int = 0  # the kubelet's; a reset makes a new one, and the CSR's name comes from it
     asked_with: str = ""  # the token with which the kubelet made its CSR
@@ -177,7 +181,7 @@ def seen(history: list[tuple[float, T]], moment: float) -> T | None:
 class Pools:
     """The cloud as one server sees it: members and tags as they were some seconds ago."""
 
-    scope, workers = "here", 8
+    scope, workers = "here", 1
 
     def __init__(self, api: Api, machines: dict[str, Machine], line: Line):
         self._api, self._machines, self._line = api, machines, line
@@ -189,7 +193,9 @@ class Pools:
             state = seen(each.states, now - self.member_lag)
             if state and each.group == filters["Role"]:
                 node = aws_node({"InstanceId": each.id, "LifecycleState": state}, each.group)
-                nodes.append(replace(node, tag=seen(each.tags, now - self.tag_lag)))
+                node = replace(node, tag=seen(each.tags, now - self.tag_lag))
+                left = seen(each.receipts, now - self.tag_lag)
+                nodes.append(replace(node, received=bool(node.token and left == receipt(node.token))))
         return self._line.read(lambda: Listing(tuple(nodes)))
 
     def write_tag(self, node_id: str, value: str) -> None:
@@ -264,7 +270,6 @@ class Interleavings(RuleBasedStateMachine):
         super().__init__()
         self.halves = 0
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(keto_tokens, "WORKERS", 1)
         self.patch.setattr(keto_tokens, "PAGE", 2)
         self.patch.setattr(keto_tokens, "new_secret", self._new_secret)
         self.patch.setattr(keto_tokens.log, "propagate", False)
@@ -277,17 +282,18 @@ class Interleavings(RuleBasedStateMachine):
         self.machines: dict[str, Machine] = {}
         self.parties = [Party(self.api, self.machines, group) for group in ("ours", "ours", "theirs")]
         self.foreign: set[str] = set()
-        self.together = True
+        self.together = self.marks = True
 
     def _new_secret(self) -> str:
         """Halves that can be told from all else."""
         self.halves += 1
         return f"half{self.halves:012}"
 
-    @initialize(calm=st.booleans(), cleaner=st.booleans(), together=st.booleans())
-    def begin(self, calm: bool, cleaner: bool, together: bool) -> None:
-        """`calm` is without old reads; `together`: in the end the nodes do all to join."""
-        self.calm, self.api.cleaner, self.together = calm, cleaner, together
+    @initialize(calm=st.booleans(), cleaner=st.booleans(), together=st.booleans(), marks=st.booleans())
+    def begin(self, calm: bool, cleaner: bool, together: bool, marks: bool) -> None:
+        """`calm` is without old reads; `together`: in the end the nodes do all to join; clients write
+        their tag (`marks`), or leave a receipt by which a server does."""
+        self.calm, self.api.cleaner, self.together, self.marks = calm, cleaner, together, marks
         labels = {keto_tokens.LABEL_MANAGED: "keto-tokens", keto_tokens.LABEL_OWNER: OWNERS["ours"]}
         first, second, third = (keto_tokens.token_ids(OWNERS["ours"], f"i-{n}")[0] for n in range(3))
         notes = {keto_tokens.NOTE_NODE: "i-9"}
@@ -354,9 +360,13 @@ class Interleavings(RuleBasedStateMachine):
         party = self.parties[number]
         party.planned = None
         party.connect(*fault)
+        before = {node.id: node.tag for node in self.machines.values()}
         self._watched(party, party.server.run_pass, self._needs())
         if not fault[0]:
             self._check_extended(party)
+        for node in self.machines.values():
+            marked = node.tag == CONSUMED != before[node.id]
+            assert not (self.calm and marked) or before[node.id] in node.taken, "marked, and never taken"
 
     @precondition(lambda self: not self.calm)
     @rule(number=st.integers(0, 2))
@@ -430,15 +440,23 @@ class Interleavings(RuleBasedStateMachine):
         token = keto_tokens.parse_token(seen(node.tags, moment))
         if node.state and token and self.api.accepts(token.value):
             node.kubeconfig = token.value
+            node.taken.add(token.value)
             node.marking = end == "is slow" and not self.calm
             if end == "marks":
-                node.tags.append((self.api.now(), CONSUMED))
+                self._mark(node)
 
     @rule(node=nodes)
     def a_slow_client_marks(self, node: Machine) -> None:
         if node.state and node.marking:
-            node.tags.append((self.api.now(), CONSUMED))
+            self._mark(node)
         node.marking = False
+
+    def _mark(self, node: Machine) -> None:
+        token = keto_tokens.parse_token(node.kubeconfig)
+        if self.marks:
+            node.tags.append((self.api.now(), CONSUMED))
+        elif token:
+            node.receipts.append((self.api.now(), receipt(token)))
 
     @rule(node=nodes)
     def a_kubelet_goes_on(self, node: Machine) -> None:
