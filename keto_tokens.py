@@ -1419,6 +1419,12 @@ def dig(body: Any, *keys: str) -> Any:
     return body
 
 
+def dig_list(body: Any, *keys: str) -> list[Any]:
+    """The list at a place in nested mappings, [] when there is none."""
+    found = dig(body, *keys)
+    return found if isinstance(found, list) else []
+
+
 def parse_retry_after(text: str | None) -> float:
     """Seconds of a Retry-After header; 0 for none, or for one that is a date."""
     return float(text) if text and text.isascii() and text.isdigit() else 0.0
@@ -2210,8 +2216,7 @@ def google_answer(what: str, reply: Reply, hide: Sequence[str]) -> dict[str, Any
     message = redact(str(text or f"{len(reply.body)} bytes of no JSON"), *hide)[:500]
     if reply.status == 401:
         raise Refused(f"{what}: 401: Google does not accept the credential: {message}")
-    found = dig(body, "error", "errors")
-    reasons = {dig(each, "reason") for each in found} if isinstance(found, list) else set()
+    reasons = {str(dig(each, "reason")) for each in dig_list(body, "error", "errors")}
     throttled = reply.status == 429 or bool(reasons & {"rateLimitExceeded", "userRateLimitExceeded"})
     if reply.status == 403 and not throttled:
         message += " (the role that is needed is in README, under GCE)"
@@ -2406,8 +2411,7 @@ class GcePools:
                 self._warn_once(f"that a token was taken is only seen by the join: {error}")
             log.debug("no receipt node=%s: %s", node.id, error)
             return False
-        items = dig(answer, "queryValue", "items")
-        values = [dig(item, "value") for item in items] if isinstance(items, list) else []
+        values = [dig(item, "value") for item in dig_list(answer, "queryValue", "items")]
         return node.token is not None and receipt(node.token) in values
 
     def _warn_once(self, message: str) -> None:
@@ -2430,11 +2434,11 @@ class GcePools:
     def _write(self, node_id: str, value: str) -> None:
         path = self._path(node_id)
         found = self._api.request("compute.instances.get", "GET", path, query={"fields": "metadata"})
-        metadata = found.get("metadata") or {}
-        items = with_item(metadata.get("items") or [], self._tag_name, value)
-        if items == metadata.get("items"):
+        before = dig_list(found, "metadata", "items")
+        items = with_item(before, self._tag_name, value)
+        if items == before:
             return  # an answer that was lost
-        body = {"fingerprint": metadata.get("fingerprint", ""), "items": items}
+        body = {"fingerprint": dig(found, "metadata", "fingerprint"), "items": items}
         try:
             operation = self._api.request(
                 "compute.instances.setMetadata", "POST", f"{path}/setMetadata", body=body)
@@ -2454,8 +2458,7 @@ class GcePools:
                     "compute.zoneOperations.wait", "POST", path, patience=GCE_OPERATION)
         if operation.get("status") != "DONE":
             raise CallFailed(f"{what}: not done after {ATTEMPTS * 2} minutes")
-        errors = dig(operation, "error", "errors")
-        first = errors[0] if isinstance(errors, list) and errors else operation.get("error")
+        first = next(iter(dig_list(operation, "error", "errors")), operation.get("error"))
         if operation.get("httpErrorStatusCode") == 412 or dig(first, "code") == "CONDITION_NOT_MET":
             raise _Stale(what)
         if first:
@@ -2484,7 +2487,7 @@ class GcePools:
         """Ask Google whether we may do that with an instance."""
         path, body = f"{self._path(node.id)}/testIamPermissions", {"permissions": [permission]}
         answer = self._api.request("compute.instances.testIamPermissions", "POST", path, body=body)
-        if permission not in (answer.get("permissions") or []):
+        if permission not in dig_list(answer, "permissions"):
             raise SetupError("not allowed (the role that is needed is in README, under GCE)")
         acts = "; where nodes have a service account, iam.serviceAccounts.actAs on that is needed too"
         return "allowed" + (acts if permission.endswith("setMetadata") else "")
@@ -2495,15 +2498,20 @@ UNMANAGED = "unmanaged"  # the pool of instances that no managed instance group 
 
 def gce_instances(page: Mapping[str, Any]) -> Iterator[Any]:
     """The instances of all zones in a page of an aggregated list."""
-    for scope in (page.get("items") or {}).values():
-        yield from dig(scope, "instances") or ()
+    for scope in gce_scopes(page):
+        yield from dig_list(scope, "instances")
+
+
+def gce_scopes(page: Mapping[str, Any]) -> list[Any]:
+    """The parts of an aggregated list, one for each zone."""
+    scopes = page.get("items")
+    return list(scopes.values()) if isinstance(scopes, dict) else []
 
 
 def gce_missing(page: Mapping[str, Any]) -> list[str]:
     """What a page of an aggregated list says is missing from it.  That a zone is empty is no warning."""
-    scopes = [page, *(page.get("items") or {}).values()]
-    warnings = [warning for scope in scopes if (warning := dig(scope, "warning"))]
-    return [str(name) for name in page.get("unreachables") or ()] + [
+    warnings = [each for scope in [page, *gce_scopes(page)] if (each := dig(scope, "warning"))]
+    return [str(name) for name in dig_list(page, "unreachables")] + [
         f"{dig(each, 'code')} {dig(each, 'message')}" for each in warnings
         if dig(each, "code") != "NO_RESULTS_ON_PAGE"
     ]
@@ -2514,14 +2522,15 @@ def gce_node(body: Any, tag_name: str) -> Node | None:
 
     One that was stopped may start again: if its token was revoked meanwhile, it then gets another.
     """
-    items = {dig(item, "key"): dig(item, "value") for item in dig(body, "metadata", "items") or ()}
+    listed = dig_list(body, "metadata", "items")
+    items = {str(dig(item, "key")): str(dig(item, "value") or "") for item in listed}
     zone, state = str(dig(body, "zone")).rpartition("/")[2], str(dig(body, "status"))
     node_id = f"{zone}/{dig(body, 'name')}/{dig(body, 'id')}"
     if not GCE_NODE_ID.fullmatch(node_id):
         return None
     return Node(
         id=node_id,
-        pool=str(items.get("created-by") or "").rpartition("/")[2] or UNMANAGED,
+        pool=items.get("created-by", "").rpartition("/")[2] or UNMANAGED,
         state=state,
         tag=items.get(tag_name),
         wanted=state in ("PROVISIONING", "STAGING", "RUNNING"),

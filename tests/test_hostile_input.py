@@ -168,6 +168,86 @@ def test_any_answer_of_the_metadata_service(replies: list[Reply]) -> None:
             assert "-" in keto_tokens.aws_region_of(imds)
 
 
+GCE_KEYS = st.sampled_from([
+    "items", "instances", "metadata", "fingerprint", "key", "value", "status", "zone", "name", "id", "error",
+    "errors", "code", "message", "reason", "warning", "unreachables", "nextPageToken", "queryValue",
+    "access_token", "expires_in", "permissions", "accessToken", "expireTime", "created-by", "KubeletToken",
+])
+GCE_JSON = st.recursive(st.one_of(LEAVES, st.sampled_from(["DONE", "RUNNING", "zones/z-1"])), lambda inner: (
+    st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.one_of(GCE_KEYS, TEXTS), inner, max_size=5))
+), max_leaves=15)
+GCE_BODIES: list[Any] = [
+    {"items": {"zones/z-1": {"instances": [{
+        "id": "1", "name": "n", "zone": "https://g/zones/z-1", "status": "RUNNING",
+        "metadata": {"items": [{"key": "KubeletToken", "value": TOKEN.value}]},
+    }], "warning": {"code": "NO_RESULTS_ON_PAGE", "message": "m"}}}, "unreachables": []},
+    {"metadata": {"fingerprint": "f", "items": [{"key": "k", "value": "v"}]}},
+    {"name": "operation-1", "status": "DONE", "error": {"errors": [{"code": "C", "message": "m"}]}},
+    {"error": {"code": 403, "message": "m", "errors": [{"reason": "rateLimitExceeded"}]}},
+    {"queryValue": {"items": [{"value": "v"}]}}, {"permissions": ["compute.instances.get"]},
+    {"access_token": "a", "expires_in": 3599, "accessToken": "a", "expireTime": "2026-11-23T20:24:37Z"},
+]
+GCE_REPLIES = st.builds(
+    Reply, st.sampled_from([200, 200, 200, 401, 403, 404, 412, 429, 503, 302]),
+    st.fixed_dictionaries({"Metadata-Flavor": st.just("Google")}, optional={"ETag": TEXTS}),
+    st.one_of(
+        st.one_of(GCE_JSON, *map(mutated, GCE_BODIES)).map(lambda body: json.dumps(body).encode()),
+        st.binary(max_size=50), st.sampled_from([b"1", b"z-1", b"projects/1/zones/z-1", b"null"]),
+    ),
+)
+GCE_ID = "z-1/n/1"
+
+
+def gce_pools() -> keto_tokens.GcePools:
+    credential = keto_tokens.GoogleCredential("a test", lambda: ("ya29.a", 3600.0))
+    api = keto_tokens.GoogleApi("https://h/v1", "a test", credential, Calls(), lambda seconds: None)
+    return keto_tokens.GcePools("project", "a test", "KubeletToken", api)
+
+
+def gce_instance() -> keto_tokens.GceInstance:
+    metadata = keto_tokens.GoogleMetadata({}, lambda seconds: None)
+    return keto_tokens.GceInstance("KubeletToken", metadata, lambda seconds: None)
+
+
+def gce_checks() -> None:
+    look = keto_tokens.Preflight()
+    for subject, call in (*gce_pools().checks({"role": "compute"}), *gce_instance().checks()):
+        look.step(subject, call)
+
+
+def federated() -> None:
+    source = {"file": "token", "format": {"type": "json", "subject_token_field_name": "x"}}
+    config = {
+        "type": "external_account", "audience": "a", "subject_token_type": "t", "credential_source": source,
+        "token_url": "https://h/t", "service_account_impersonation_url": "https://h/i",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keto_tokens, "read_text", lambda path, what: json.dumps({**config, "x": "subject"}))
+        keto_tokens.FederatedIdentity("credentials.json", Calls(), lambda seconds: None)()
+
+
+GCE_CALLS: dict[str, Callable[[], Any]] = {
+    "list": lambda: gce_pools().list_nodes({"role": "compute"}),
+    "write": lambda: gce_pools().write_tag(GCE_ID, "value"),
+    "identify": lambda: gce_instance().identify(),
+    "read": lambda: gce_instance().read_tag(),
+    "wait": lambda: gce_instance().wait_for_change(5.0),
+    "mark": lambda: gce_instance().mark_consumed(TOKEN),
+    "credential": lambda: keto_tokens.google_credential(
+        {}, keto_tokens.GoogleMetadata({}, lambda seconds: None), Calls(), lambda seconds: None)(),
+    "federation": federated,
+    "checks": gce_checks,
+}
+
+
+@pytest.mark.parametrize("call", GCE_CALLS.values(), ids=GCE_CALLS)
+@MANY
+@given(replies=st.lists(GCE_REPLIES, min_size=1, max_size=5))
+def test_any_answer_of_google(call: Callable[[], Any], replies: list[Reply]) -> None:
+    with wire(replies), suppress(KetoError):
+        call()
+
+
 class Tagged:
     """An instance whose tag says something."""
 
