@@ -223,7 +223,7 @@ class Node:
     wanted: bool = True  # it should have a token
     gone: bool = False  # it is ending; it will never need one again
     new_disk: bool = False  # its root volume is being replaced: the kubelet's credentials are lost
-    received: bool = False  # its client left a receipt for the token, where it cannot write the tag
+    receipt: str = ""  # what its client left, where it cannot write the tag: see `receipt`
 
     @property
     def token(self) -> Token | None:
@@ -234,6 +234,11 @@ class Node:
     def consumed(self) -> bool:
         """Whether the tag says that a client has taken the token."""
         return self.tag == CONSUMED
+
+    @property
+    def received(self) -> bool:
+        """Whether its client says that it has taken the token in the tag."""
+        return self.token is not None and self.receipt == receipt(self.token)
 
 
 @dataclass(frozen=True)
@@ -525,6 +530,8 @@ def before_consumption(node: Node, secret: TokenSecret, now: float, policy: Poli
     """The token is live and not yet consumed: see that the node can find it."""
     if secret.unpublished:
         return Action(Kind.PUBLISH, node, secret, "its new token may not be in its tag yet")
+    if node.token != secret.token and node.receipt == receipt(secret.token):
+        return taken_away(node, secret, now, policy)
     if node.token != secret.token:
         why = "its tag holds another token" if node.token else "its tag lacks the token"
         return Action(Kind.PUBLISH, node, secret, why)
@@ -533,6 +540,17 @@ def before_consumption(node: Node, secret: TokenSecret, now: float, policy: Poli
     if near_expiry(secret, now, policy):
         return Action(Kind.EXTEND, node, secret, "not consumed, and about to expire")
     return Action(Kind.WAIT, node, secret, "not consumed yet")
+
+
+def taken_away(node: Node, secret: TokenSecret, now: float, policy: Policy) -> Action:
+    """An operator wants a node to join again whose client had taken the token.
+
+    The receipt is still there, and would mark the same half as taken again before it is read.  In the
+    half's first minute a client may just have been quicker than the two reads of tag and receipt.
+    """
+    if now - (secret.expires - policy.ttl) < YOUNG:
+        return Action(Kind.WAIT, node, secret, "taken just now; its tag may be an old read")
+    return Action(Kind.RENEW, node, secret, "taken before, and its tag was taken away since")
 
 
 def after_consumption(
@@ -1601,6 +1619,9 @@ class Pools(Protocol):
     def list_nodes(self, filters: Mapping[str, str]) -> Listing:
         """The members of all groups that match every filter, with the value of our tag."""
 
+    def receipts(self, nodes: Sequence[Node]) -> Mapping[str, str]:
+        """By node id what the clients of some of these have left where they cannot write the tag."""
+
     def write_tag(self, node_id: str, value: str) -> None:
         """Set our tag of one instance, and nothing else; what was there before does not matter."""
 
@@ -1787,6 +1808,10 @@ class AwsPools:
         with aws_errors("ec2:DescribeTags"):
             answers = pages.paginate(Filters=wanted, PaginationConfig={"PageSize": 1000})
             return {tag["ResourceId"]: tag["Value"] for page in answers for tag in page["Tags"]}
+
+    def receipts(self, nodes: Sequence[Node]) -> dict[str, str]:
+        """None: clients write their tag."""
+        return {}
 
     def write_tag(self, node_id: str, value: str) -> None:
         """One CreateTags call, at the pace that AWS allows."""
@@ -2371,7 +2396,7 @@ class GcePools:
             nodes += [node for node in found if node and (filters or node.pool != UNMANAGED)]
         if missing:
             self._warn_once(f"not all instances were listed, so none is taken for gone: {missing[0]}")
-        return Listing(tuple(self._with_receipts(nodes)), complete=not missing)
+        return Listing(tuple(nodes), complete=not missing)
 
     def _pages(self, filters: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         query = {
@@ -2391,28 +2416,25 @@ class GcePools:
             query["pageToken"] = str(page["nextPageToken"])
         raise CallFailed(f"compute.instances.list: the list has no end after {PAGES} pages")
 
-    def _with_receipts(self, nodes: Sequence[Node]) -> Iterator[Node]:
-        """The nodes, with those that have a token asked whether their client has it; some each pass."""
-        asked = [node for node in nodes if node.wanted and node.token]
-        asked = random.sample(asked, min(GCE_RECEIPTS, len(asked)))
+    def receipts(self, nodes: Sequence[Node]) -> dict[str, str]:
+        """Those of as many as a pass may ask; first of those that have lost their tag."""
+        order = sorted(nodes, key=lambda node: (node.token is not None, random.random()))
+        asked = [node.id for node in order[:GCE_RECEIPTS]]
         with ThreadPoolExecutor(self.workers) as workers:
-            found = dict(zip((node.id for node in asked), workers.map(self._has_receipt, asked)))
-        for node in nodes:
-            yield replace(node, received=found.get(node.id, False))
+            return dict(zip(asked, workers.map(self._receipt, asked)))
 
-    def _has_receipt(self, node: Node) -> bool:
-        """Whether the guest attribute is there; what keeps us from seeing it is no failure of the pass."""
+    def _receipt(self, node_id: str) -> str:
+        """The guest attribute, "" for none; what keeps us from seeing it is no failure of the pass."""
         query = {"queryPath": f"{GCE_NAMESPACE}/{self._tag_name}", "fields": "queryValue/items/value"}
         try:
             answer = self._api.request("compute.instances.getGuestAttributes", "GET",
-                                       f"{self._path(node.id)}/getGuestAttributes", query=query)
+                                       f"{self._path(node_id)}/getGuestAttributes", query=query)
         except CallFailed as error:
             if error.status == 403 and "permission" in str(error):
                 self._warn_once(f"that a token was taken is only seen by the join: {error}")
-            log.debug("no receipt node=%s: %s", node.id, error)
-            return False
-        values = [dig(item, "value") for item in dig_list(answer, "queryValue", "items")]
-        return node.token is not None and receipt(node.token) in values
+            log.debug("no receipt node=%s: %s", node_id, error)
+            return ""
+        return "".join(str(dig(item, "value")) for item in dig_list(answer, "queryValue", "items"))
 
     def _warn_once(self, message: str) -> None:
         if message not in self._told:
@@ -2772,7 +2794,15 @@ class Server:
         csrs: tuple[Csr, ...] | None = ()
         if live or any(node.wanted and (node.new_disk or not node.consumed) for node in listing.nodes):
             joins, csrs = self._joins.observe(live)
-        return World(listing, found, joins, csrs, self._store.owner, now)
+        return World(self._with_receipts(listing, live), found, joins, csrs, self._store.owner, now)
+
+    def _with_receipts(self, listing: Listing, live: Iterable[TokenSecret]) -> Listing:
+        """The listing with the receipts of nodes that are in the middle of joining."""
+        ids = {secret.node_id for secret in live}
+        joining = [node for node in listing.nodes if node.id in ids and node.wanted and not node.consumed]
+        found = self._pools.receipts(joining) if joining else {}
+        nodes = (replace(node, receipt=found.get(node.id, "")) for node in listing.nodes)
+        return replace(listing, nodes=tuple(nodes)) if found else listing
 
     def _check_clock(self) -> None:
         skew = self._store.cluster.skew()

@@ -213,6 +213,21 @@ def test_receipts_are_asked_for_within_bounds(world: World, monkeypatch: pytest.
 # --- listings --------------------------------------------------------------------------------------
 
 
+def test_a_rejoin_before_the_token_was_revoked_gets_another_half(faulty: World) -> None:
+    """The receipt for the old half is still there: the same half again would be marked unread."""
+    node = one(faulty)
+    faulty.server()
+    faulty.take(node)
+    first = faulty.token_of(node)
+    faulty.cloud.delete_tag(node)
+    assert faulty.server().pass_line["waiting"] == "1"  # in the half's first minute
+    clock(faulty, 61)
+    assert faulty.server().pass_line["issued"] == "1"
+    assert faulty.cloud.tag(node) == faulty.token_of(node) != first
+    assert faulty.server().pass_line["marked"] == "0"
+    faulty.take(node)
+
+
 @pytest.mark.parametrize("part", ["unreachables", "warning", "scope"])
 def test_a_partial_listing_takes_nobody_for_gone(faulty: World, part: str) -> None:
     stays = one(faulty)

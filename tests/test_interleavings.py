@@ -13,7 +13,7 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 import keto_tokens
 from keto_tokens import (
-    CONSUMED, Action, CallFailed, Listing, Policy, Reply, TokenSecret, aws_node, plan, receipt,
+    CONSUMED, Action, CallFailed, Listing, Node, Policy, Reply, TokenSecret, aws_node, plan, receipt,
 )
 from pki import kubelet_request
 from standin_kubernetes import SIGNER, Kubernetes, Refusal, User
@@ -193,10 +193,13 @@ class Pools:
             state = seen(each.states, now - self.member_lag)
             if state and each.group == filters["Role"]:
                 node = aws_node({"InstanceId": each.id, "LifecycleState": state}, each.group)
-                node = replace(node, tag=seen(each.tags, now - self.tag_lag))
-                left = seen(each.receipts, now - self.tag_lag)
-                nodes.append(replace(node, received=bool(node.token and left == receipt(node.token))))
+                nodes.append(replace(node, tag=seen(each.tags, now - self.tag_lag)))
         return self._line.read(lambda: Listing(tuple(nodes)))
+
+    def receipts(self, nodes: Sequence[Node]) -> dict[str, str]:
+        now = self._api.now()
+        left = {node.id: seen(self._machines[node.id].receipts, now - self.tag_lag) for node in nodes}
+        return {node_id: value for node_id, value in left.items() if value}
 
     def write_tag(self, node_id: str, value: str) -> None:
         def write() -> None:
