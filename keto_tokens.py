@@ -56,7 +56,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -93,6 +93,7 @@ SKEW = 30.0  # seconds between our clock and the cluster's that are worth a warn
 
 LEASE, RENEW_DEADLINE, RENEW_EVERY = 15, 10.0, 2.0  # seconds, as Kubernetes' own components
 STUCK = 600.0  # seconds after which a node that has not joined is worth a look: booting takes less
+HUNG = 300.0  # seconds without a sign of life: one AWS call with all its retries may take 200
 
 WORKERS = 8  # actions at a time: enough to fill the tagging rate at 0.5 s an action
 TAGS_PER_SECOND, TAGS_BURST = 10.0, 50.0  # half of EC2's CreateTags bucket (100, refilled 10/s)
@@ -100,6 +101,7 @@ PAGE, PAGES = 500, 1000  # objects a page, as kubectl asks for, and pages that a
 TIMEOUTS = 5.0, 20.0  # seconds to connect, and to wait for more of an answer
 LIST_LIMIT, OBJECT_LIMIT = 64 << 20, 4 << 20  # bytes of an answer that are still believable
 ATTEMPTS = 3  # tries of one call; the next pass is the real retry
+KUBEADM_FILES = ("/etc/kubernetes/bootstrap-kubelet.conf", "/etc/kubernetes/kubelet.conf")  # its own
 MARK_ATTEMPTS = 5  # tries of the mark: about 15 s, since the kubelet may be waiting for our exit
 
 
@@ -808,18 +810,24 @@ class Reply:
 
 
 class Calls:
-    """Counts the calls made, by service and operation, from any thread."""
+    """Counts the calls made, by service, operation and code, from any thread.
+
+    A code is an HTTP status or the error code of an API, "none" when no answer came.  `observer` is
+    told of each call as well.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        self.observer: Callable[[str, str, str], None] = lambda service, operation, code: None
 
-    def add(self, service: str, operation: str) -> None:
+    def add(self, service: str, operation: str, code: str) -> None:
         """Count one call."""
         with self._lock:
-            self._counts[service, operation] += 1
+            self._counts[service, operation, code] += 1
+        self.observer(service, operation, code)
 
-    def take(self) -> collections.Counter[tuple[str, str]]:
+    def take(self) -> collections.Counter[tuple[str, str, str]]:
         """The counts since the last `take`."""
         with self._lock:
             counts, self._counts = self._counts, collections.Counter()
@@ -1290,17 +1298,19 @@ class Cluster:
             headers["Content-Type"] = "application/json"
         if credential.token:
             headers["Authorization"] = f"Bearer {credential.token}"
-        pool = self._pool_for(replace(credential, token=""))
-        self._calls.add("kubernetes", method)
+        pool, code = self._pool_for(replace(credential, token="")), "none"
         try:
             reply = send(
                 pool, what, method, self._base + path, headers=headers, body=content,
                 timeouts=TIMEOUTS, limit=limit,
             )
+            code = str(reply.status)
         except Untrusted as error:
             if "mismatch" not in str(error):
                 raise
             raise Untrusted(f"{error}; it is for {certificate_names(self.access)}") from None
+        finally:
+            self._calls.add("kubernetes", f"{method} {resource_of(path)}", code)
         self._set_clock(reply.headers.get("Date"))
         if reply.status == 401 and isinstance(self.access.credential, ExecPlugin) and not refused:
             return self._send(what, method, path, content, limit, refused=True)
@@ -1383,6 +1393,12 @@ def checked(what: str, reply: Reply, origin: str, hide: Sequence[str]) -> dict[s
     raise CallFailed(
         f"{what}: {reply.status}: {message}", status=reply.status, again=again, after=after
     )
+
+
+def resource_of(path: str) -> str:
+    """The kind of thing that a path of the API is about: `secrets`, `leases`, `version`."""
+    rest = re.sub(r"^/(api/[^/]+|apis/[^/]+/[^/]+)(/namespaces/[^/]+)?", "", path.partition("?")[0])
+    return rest.split("/")[1]
 
 
 def dig(body: Any, *keys: str) -> Any:
@@ -1689,10 +1705,12 @@ def aws_client(session: Any, service: str, region: str, calls: Calls) -> Any:
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         raise SetupError(f"AWS {service} in region {region}: {error}") from None
 
-    def count(operation_name: str, **_: Any) -> None:
-        calls.add("aws", operation_name)
+    def count(parsed_response: Any, event_name: str, **_: Any) -> None:
+        status = dig(parsed_response, "ResponseMetadata", "HTTPStatusCode") or "none"
+        code = dig(parsed_response, "Error", "Code") or status
+        calls.add("aws", event_name.rpartition(".")[2], str(code))
 
-    client.meta.events.register("request-created", count)  # once for each attempt
+    client.meta.events.register("response-received", count)  # once for each attempt
     return client
 
 
@@ -2040,9 +2058,11 @@ class Server:
     def __init__(
         self, pools: Pools, store: TokenStore, filters: Mapping[str, str], policy: Policy,
         calls: Calls, stop: threading.Event, may_work: Callable[[], bool] = lambda: True,
+        monitor: Monitor | None = None,
     ):
         self._pools, self._store, self._filters, self._policy = pools, store, filters, policy
         self._calls, self._stop, self._may_work = calls, stop, may_work
+        self._monitor = monitor or Monitor(Notify({}))
         self._joins = Joins(store.cluster)
         self._warned: set[str] = set()
 
@@ -2055,6 +2075,7 @@ class Server:
         first = True
         while not self._stop.is_set():
             if not self._may_work():
+                self._monitor.stands_by()
                 self._stop.wait(RENEW_EVERY / 4)
                 continue
             started = time.monotonic()
@@ -2065,17 +2086,28 @@ class Server:
                     raise
                 log.error("pass failed: %s", error)
             first = False
-            self._stop.wait(max(0.0, started + interval - time.monotonic()))
+            while (left := started + interval - time.monotonic()) > 0 and not self._stop.is_set():
+                self._stop.wait(min(left, self._monitor.period))
+                self._monitor.beat()
 
     def run_pass(self) -> None:
         """One pass; PassFailed when an action failed, what `observe` raises when it could not see."""
         started = time.monotonic()
         self._calls.take()
-        actions = plan(self.observe(), self._policy)
-        counts = self.apply(actions)
-        log.info("%s", pass_line(actions, counts, self._calls.take(), time.monotonic() - started))
-        if counts["failed"]:
-            raise PassFailed(f"{counts['failed']} of {sum(counts.values())} actions failed, see above")
+        try:
+            world = self.observe()
+            actions = plan(world, self._policy)
+            self._monitor.saw(world, actions)
+            counts = self.apply(actions)
+        except KetoError as error:
+            self._monitor.passed(f"pass failed: {error}", time.monotonic() - started, good=False)
+            raise
+        seconds, failed = time.monotonic() - started, counts["failed"]
+        line = pass_line(actions, counts, self._calls.take(), seconds)
+        log.info("%s", line)
+        self._monitor.passed(line, seconds, good=not failed)
+        if failed:
+            raise PassFailed(f"{failed} of {sum(counts.values())} actions failed, see above")
 
     def observe(self) -> World:
         """All there is to know, in a handful of batched calls.
@@ -2083,9 +2115,12 @@ class Server:
         Secrets are read before nodes: one that another server makes while we look is not seen, and
         so is not taken for one whose node is gone.
         """
+        self._monitor.beat()
         found = self._store.list()
         self._check_clock()
+        self._monitor.beat()
         listing = self._pools.list_nodes(self._filters)
+        self._monitor.beat()
         now = self._store.cluster.now()
         if not listing.nodes:
             self._warn_once("no instance is in any group that matches the filters")
@@ -2119,11 +2154,17 @@ class Server:
         for action in actions:
             if action.kind not in WRITES:
                 log.debug("%s", action_line(action))
+        counts: collections.Counter[str] = collections.Counter()
         with ThreadPoolExecutor(WORKERS) as workers:
-            return collections.Counter(workers.map(self._guarded, todo))
+            tasks = {workers.submit(self._guarded, action): action for action in todo}
+            for task in as_completed(tasks):
+                action, result = tasks[task], task.result()
+                counts[action.kind.value if result == "done" else result] += 1
+                self._monitor.acted(action, result)
+        return counts
 
     def _guarded(self, action: Action) -> str:
-        """Carry out one action; whatever happens to it, the others go on."""
+        """Carry out one action, its result in a word; whatever happens to it, the others go on."""
         if self._stop.is_set() or not self._may_work():
             return "left"
         try:
@@ -2138,7 +2179,7 @@ class Server:
             log.exception("%s failed by a bug in keto-tokens", action_line(action))
             return "failed"
         log.info("%s", action_line(replace(action, secret=secret)))
-        return action.kind.value
+        return "done"
 
     def _carry_out(self, action: Action) -> TokenSecret:
         """Do it; the Secret as it is afterwards, or was last."""
@@ -2176,11 +2217,11 @@ def action_line(action: Action) -> str:
 
 def pass_line(
     actions: Sequence[Action], counts: Mapping[str, int],
-    calls: Mapping[tuple[str, str], int], seconds: float,
+    calls: Mapping[tuple[str, str, str], int], seconds: float,
 ) -> str:
     """The one line at the end of a pass: what was seen, what was done, what it cost."""
     by_service: collections.Counter[str] = collections.Counter()
-    for (service, _), number in calls.items():
+    for (service, _, _), number in calls.items():
         by_service[service] += number
     fields = {
         "nodes": sum(not action.node.gone for action in actions),
@@ -2349,25 +2390,275 @@ def server_parts(
 def run_server(options: argparse.Namespace, stop: Stop) -> int:
     """The server command; the exit code."""
     calls = Calls()
-    pools, store = server_parts(options, calls, stop)
-    policy = Policy(options.token_ttl, options.give_up, not options.no_revoke)
-    parts = pools, store, options.filter, policy, calls, stop.event
-    if options.dry_run:
-        for line in plan_lines(plan(Server(*parts).observe(), policy)):
-            print(line)
-    elif options.once:
-        Server(*parts).run_pass()
-    else:
-        server = store.cluster.access.server
-        log.info("started version=%s cluster=%s owner=%s", __version__, server, store.owner)
-        if options.leader_elect:
-            name = f"keto-tokens-{store.owner}"
-            with Leader(store.cluster, options.token_namespace, name) as leader:
-                Server(*parts, leader.leads).run(options.interval)
+    with monitored(options, calls) as monitor:
+        pools, store = server_parts(options, calls, stop)
+        policy = Policy(options.token_ttl, options.give_up, not options.no_revoke)
+        server = functools.partial(
+            Server, pools, store, options.filter, policy, calls, stop.event, monitor=monitor
+        )
+        if options.dry_run:
+            for line in plan_lines(plan(server().observe(), policy)):
+                print(line)
+        elif options.once:
+            server().run_pass()
         else:
-            Server(*parts).run(options.interval)
-        log.info("stopped")
+            where = store.cluster.access.server
+            log.info("started version=%s cluster=%s owner=%s", __version__, where, store.owner)
+            if options.leader_elect:
+                name = lease_name(store.owner)
+                with Leader(store.cluster, options.token_namespace, name) as leader:
+                    server(may_work=leader.leads).run(options.interval)
+            else:
+                server().run(options.interval)
+            log.info("stopped")
     return 0
+
+
+def lease_name(owner: str) -> str:
+    """The Lease for which the servers of one owner compete."""
+    return f"keto-tokens-{owner}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Observers: what systemd, Prometheus and probes are told.  By none of it is anything ever decided.
+# ---------------------------------------------------------------------------------------------
+
+STATES = ("new", "waiting", "joining", "joined", "stuck", "gone", "idle")  # see node_state
+JOIN_BUCKETS = (15, 30, 60, 120, 180, 300, 600, 1200, 1800, 3600, 7200)  # seconds, up to --give-up
+PASS_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1200)  # seconds
+
+
+class Notify:
+    """systemd's notification socket, if the environment names one: sd_notify(3), sd_watchdog_enabled(3)."""
+
+    def __init__(self, environ: Mapping[str, str]):
+        path = environ.get("NOTIFY_SOCKET", "")
+        self._address = f"\0{path[1:]}" if path.startswith("@") else path
+        usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID") or str(os.getpid())
+        watched = re.fullmatch("[0-9]+", usec) and int(usec) and pid == str(os.getpid())
+        self.watchdog = int(usec) / 1e6 if watched else HUNG  # seconds
+
+    def send(self, *assignments: str) -> None:
+        """Send assignments such as READY=1; that nobody takes them is no failure of ours."""
+        if self._address:
+            with contextlib.suppress(OSError):
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+                    channel.settimeout(1.0)
+                    channel.connect(self._address)
+                    channel.send("\n".join(assignments).encode())
+
+
+class Metrics:
+    """The server's metrics in a registry of their own; names and units as Prometheus wants them."""
+
+    def __init__(self, calls: Calls):
+        import prometheus_client as prometheus
+
+        prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]  # of no use here
+        self._registry, self._lock = prometheus.CollectorRegistry(), threading.Lock()
+        self._text = prometheus.generate_latest
+
+        def made(kind: Any, name: str, about: str, *labels: str, **options: Any) -> Any:
+            return kind(f"keto_tokens_{name}", about, labels, registry=self._registry, **options)
+
+        gauge, counter, histogram = prometheus.Gauge, prometheus.Counter, prometheus.Histogram
+        info = {"version": __version__, "python": sys.version.partition(" ")[0]}
+        made(prometheus.Info, "build", "The version that runs.").info(info)
+        self._nodes = made(gauge, "nodes", "Nodes as the last pass found them.", "pool", "state")
+        self._actions = made(counter, "actions", "Actions by what became of them.", "kind", "result")
+        self._passes = made(counter, "passes", "Passes; one is good when all of it went well.", "result")
+        self._seconds = made(histogram, "pass_duration_seconds", "Time a pass took.", buckets=PASS_BUCKETS)
+        self._joins = made(histogram, "join_duration_seconds", "Time from a node's first token to the "
+                           "pass that saw it joined.", buckets=JOIN_BUCKETS)
+        self._expiry = made(gauge, "oldest_waiting_expiration_timestamp_seconds",
+                            "When the token expires that has been waiting longest; 0 when none is.")
+        self._success = made(gauge, "last_success_timestamp_seconds", "End of the last good pass; 0 "
+                             "before the first.")
+        called = made(counter, "api_calls", "Calls of APIs, each attempt; code none: no answer came.",
+                      "service", "operation", "code")
+        calls.observer = lambda *labels: called.labels(*labels).inc()
+        for result in ("done", "failed", "superseded", "left"):
+            for kind in WRITES:
+                self._actions.labels(kind.value, result)
+        for result in ("good", "failed"):
+            self._passes.labels(result)
+
+    def saw(self, found: Sequence[tuple[Row, TokenSecret | None]]) -> None:
+        """The nodes as a pass finds them, with their Secrets."""
+        waiting = [secret for row, secret in found
+                   if secret and row.secret and row.state in ("waiting", "joining", "stuck")]
+        oldest = min(waiting, key=lambda secret: secret.first_issued, default=None)
+        with self._lock:
+            self._nodes.clear()
+            for pool, state in [(row.pool, state) for row, _ in found for state in STATES]:
+                self._nodes.labels(pool, state)
+            for row, _ in found:
+                self._nodes.labels(row.pool, row.state).inc()
+            self._expiry.set(oldest.expires if oldest else 0)
+
+    def acted(self, action: Action, result: str, joined_after: float | None) -> None:
+        """An action, and how long its node took to join when that is what it is about."""
+        self._actions.labels(action.kind.value, result).inc()
+        if joined_after is not None:
+            self._joins.observe(joined_after)
+
+    def passed(self, seconds: float, good: bool) -> None:
+        """The end of a pass."""
+        self._passes.labels("good" if good else "failed").inc()
+        self._seconds.observe(seconds)
+        if good:
+            self._success.set(time.time())
+
+    def text(self) -> bytes:
+        """All of them in Prometheus' text format."""
+        with self._lock:
+            content: bytes = self._text(self._registry)
+            return content
+
+
+class Monitor:
+    """Tells how the server does: to systemd, to Prometheus by a file or over HTTP, and to probes.
+
+    Only the loop of passes gives signs of life, so that one that hangs is found out.  It is `healthy`
+    as long as it gives them, which a restart could mend; `ready` needs a good pass as well, or that
+    another server leads.
+    """
+
+    def __init__(
+        self, notify: Notify, metrics: Metrics | None = None, file: Path | None = None,
+        interval: float = 10.0,
+    ):
+        self._notify, self._metrics, self._file = notify, metrics, file
+        self.period = min(HUNG, notify.watchdog) / 2  # seconds to wait at most between two beats
+        self._fresh = max(60.0, 3 * interval)  # seconds for which a good pass counts
+        self._beaten, self._good, self._status = time.monotonic(), float("-inf"), ""
+        self._world: World | None = None
+
+    def beat(self) -> None:
+        """A sign of life; until the first pass is over it also puts off systemd's start timeout."""
+        self._beaten = time.monotonic()
+        more = () if self._status else (f"EXTEND_TIMEOUT_USEC={HUNG * 1e6:.0f}",)
+        self._notify.send("WATCHDOG=1", *more)
+
+    def saw(self, world: World, actions: Iterable[Action]) -> None:
+        """What a pass has found, before it acts."""
+        self._world = world
+        if self._metrics:
+            self._metrics.saw([(row_of(action, world), action.secret) for action in actions])
+
+    def acted(self, action: Action, result: str) -> None:
+        """What became of an action of that pass."""
+        self.beat()
+        secret, world = action.secret, self._world
+        if self._metrics and world:
+            over = result == "done" and action.kind in (Kind.FINISH, Kind.REVOKE) and secret
+            joined = over and world.joins.get(over.name) is Join.JOINED
+            after = world.now - over.first_issued if over and joined else None
+            self._metrics.acted(action, result, after)
+
+    def passed(self, status: str, seconds: float, good: bool) -> None:
+        """The end of a pass, with the line that sums it up."""
+        self._tell(status)
+        if good:
+            self._good = time.monotonic()
+        if self._metrics:
+            self._metrics.passed(seconds, good)
+            self._write(self._metrics)
+
+    def stands_by(self) -> None:
+        """Another server leads, so that is all right; what we saw before is no longer ours to tell."""
+        self._good = time.monotonic()
+        if self._metrics and self._status != "standing by":
+            self._metrics.saw(())
+            self._write(self._metrics)
+        self._tell("standing by")
+
+    def stopping(self) -> None:
+        """The server ends."""
+        self._notify.send("STOPPING=1")
+
+    def _tell(self, status: str) -> None:
+        if status != self._status:
+            self._notify.send("READY=1", f"STATUS={redact(' '.join(status.split()))}")
+        self._status = status
+        self.beat()
+
+    def _write(self, metrics: Metrics) -> None:
+        if self._file:
+            try:
+                write_whole(self._file, metrics.text().decode(), mode=0o644)
+            except OSError as error:
+                log.error("metrics not written file=%s: %s", self._file, error.strerror)
+
+    def answer(self, path: str) -> tuple[int, bytes]:
+        """Status and text for a GET of a path."""
+        now = time.monotonic()
+        if path == "/metrics" and self._metrics:
+            return 200, self._metrics.text()
+        if path == "/healthz":
+            healthy = now - self._beaten < HUNG
+            return (200, b"ok\n") if healthy else (503, b"the loop of passes hangs\n")
+        if path == "/readyz":
+            ready = now - self._good < self._fresh
+            return (200, b"ok\n") if ready else (503, b"the last good pass is too long ago\n")
+        return 404, b"/metrics, /healthz, /readyz\n"
+
+
+@contextlib.contextmanager
+def monitored(options: argparse.Namespace, calls: Calls) -> Iterator[Monitor]:
+    """The monitor that the flags ask for, listening while the block lasts."""
+    file = Path(options.metrics_file).absolute() if options.metrics_file else None
+    if file:
+        path_finding(file)
+    metrics = Metrics(calls) if file or options.metrics_listen else None
+    monitor = Monitor(Notify(os.environ), metrics, file, options.interval)
+    with listening(options.metrics_listen, monitor) if options.metrics_listen else contextlib.nullcontext():
+        try:
+            yield monitor
+        finally:
+            monitor.stopping()
+
+
+@contextlib.contextmanager
+def listening(address: tuple[str, int], monitor: Monitor) -> Iterator[None]:
+    """Answer HTTP at an address, "" for all of this machine's, in a thread of its own."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        """Answers as the monitor says."""
+
+        timeout, server_version, sys_version = 5.0, "keto-tokens", ""
+
+        def do_GET(self) -> None:
+            """Any path."""
+            status, content = monitor.answer(self.path.partition("?")[0])
+            self.send_response(status)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Our log is about nodes."""
+
+    host, port = address
+    shown = f"[{host}]" if ":" in host else host
+    dual = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual or ":" in host else socket.AF_INET
+    server = ThreadingHTTPServer(address, Handler, bind_and_activate=False)
+    server.socket.close()
+    try:
+        server.socket = socket.create_server(address, family=family, dualstack_ipv6=dual)
+    except OSError as error:
+        raise SetupError(f"--metrics-listen: cannot listen at {shown}:{port}: {error.strerror}") from None
+    log.info("metrics listen=%s:%s", shown, server.socket.getsockname()[1])
+    thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def cluster_access(options: argparse.Namespace, environ: Mapping[str, str]) -> Access:
@@ -2457,6 +2748,12 @@ def status_row(action: Action, join: Join, now: float) -> Row:
     )
 
 
+def row_of(action: Action, world: World) -> Row:
+    """The state of the node of an action that was planned for this world."""
+    name = action.secret.name if action.secret else ""
+    return status_row(action, world.joins.get(name, Join.NO_CSR), world.now)
+
+
 def node_state(node: Node, secret: TokenSecret | None, join: Join, now: float) -> tuple[str, str]:
     """The state of a node that is served, and what is likely to be behind it.
 
@@ -2517,11 +2814,7 @@ def table(rows: Sequence[Row], wide: bool, colour: bool) -> Iterator[str]:
 def status_rows(server: Server, policy: Policy, node_id: str) -> list[Row]:
     """The rows of all nodes, by pool and id, or of the one."""
     world = server.observe()
-    rows = [
-        status_row(action, world.joins.get(action.secret.name if action.secret else "", Join.NO_CSR),
-                   world.now)
-        for action in plan(world, policy)
-    ]
+    rows = [row_of(action, world) for action in plan(world, policy)]
     return sorted(
         (row for row in rows if node_id in ("", row.node)), key=lambda row: (row.pool, row.node)
     )
@@ -2664,13 +2957,17 @@ def certificate_names(access: Access) -> str:
 
 
 class Client:
-    """Waits for this instance's token and turns it into a kubeconfig at `path`."""
+    """Waits for this instance's token and turns it into a kubeconfig at `path`.
+
+    With `join_config` it also writes what `kubeadm join --config` takes there.
+    """
 
     def __init__(
-        self, instance: Instance, trust: Callable[[Token], Access], path: Path, *, tag_name: str,
-        interval: float, timeout: float, stop: Stop,
+        self, instance: Instance, trust: Callable[[Token], Access], path: Path,
+        join_config: Path | None = None, *, tag_name: str, interval: float, timeout: float, stop: Stop,
     ):
         self._instance, self._trust, self._path, self._stop = instance, trust, path, stop
+        self._join_config = join_config
         self._tag_name, self._interval, self._timeout = tag_name, interval, timeout
         self._deadline = time.monotonic() + timeout if timeout else float("inf")
         self._told = ""
@@ -2717,18 +3014,20 @@ class Client:
             log.warning("%s is not there; to get a new token, delete the tag", self._path)
 
     def _consume(self, access: Access, token: Token, node_id: str) -> None:
-        text = bootstrap_kubeconfig(access, token)
-        try:
-            changed = write_whole(self._path, text)
-        except OSError as error:
-            why = f"{error.filename}: {error.strerror}"
-            raise SetupError(f"cannot write {self._path}: {why}; run again") from None
-        log.info(
-            "%s kubeconfig=%s node=%s token_id=%s",
-            "written" if changed else "unchanged", self._path, node_id, token.id,
-        )
+        self._write("kubeconfig", self._path, bootstrap_kubeconfig(access, token), node_id, token)
+        if self._join_config:
+            text = join_configuration(self._path)
+            self._write("join_config", self._join_config, text, node_id, token)
         self._mark(node_id)
         log.info("consumed node=%s tag=%s token_id=%s", node_id, self._tag_name, token.id)
+
+    def _write(self, what: str, path: Path, text: str, node_id: str, token: Token) -> None:
+        try:
+            said = "written" if write_whole(path, text) else "unchanged"
+        except OSError as error:
+            why = f"{error.filename}: {error.strerror}"
+            raise SetupError(f"cannot write {path}: {why}; run again") from None
+        log.info("%s %s=%s node=%s token_id=%s", said, what, path, node_id, token.id)
 
     def _mark(self, node_id: str) -> None:
         """Mark the tag, with patience: a new role's rights can take a while to be known."""
@@ -2817,8 +3116,27 @@ def bootstrap_kubeconfig(access: Access, token: Token) -> str:
     return text
 
 
-def write_whole(path: Path, text: str) -> bool:
-    """Replace a file in one step, mode 0600; False when it holds just that already.
+def join_configuration(kubeconfig: Path) -> str:
+    """What `kubeadm join --config` takes: discovery by the bootstrap kubeconfig.
+
+    kubeadm joins with the credential in that file, so the token does not have to stand here as well
+    (cmd/kubeadm/app/discovery, since 1.15).  How the node registers is left to kubeadm's defaults.
+    """
+    import yaml
+
+    text: str = yaml.safe_dump(
+        {
+            "apiVersion": "kubeadm.k8s.io/v1beta4",
+            "kind": "JoinConfiguration",
+            "discovery": {"file": {"kubeConfigPath": str(kubeconfig)}},
+        },
+        sort_keys=False, width=1 << 20,
+    )
+    return text
+
+
+def write_whole(path: Path, text: str, mode: int = 0o600) -> bool:
+    """Replace a file in one step; False when it holds just that already.
 
     Whoever reads it sees the old file or the new one, also after a power cut.  A file that a killed
     run left behind is cleared: it is nobody's when nobody holds its lock.
@@ -2830,12 +3148,14 @@ def write_whole(path: Path, text: str) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
     with contextlib.suppress(OSError, ValueError):
-        if path.read_text() == text and path.stat().st_mode & 0o777 == 0o600:
+        if path.read_text() == text and path.stat().st_mode & 0o777 == mode:
             return False
     descriptor, temporary = tempfile.mkstemp(prefix=prefix, dir=path.parent)  # mode 0600
     with open(descriptor, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
+            if mode != 0o600:
+                os.fchmod(descriptor, mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -2865,12 +3185,23 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def client_path(options: argparse.Namespace) -> Path:
-    """Where the kubeconfig is to be written."""
+def client_paths(options: argparse.Namespace) -> list[Path]:
+    """Where the kubeconfig is to be written, and kubeadm's JoinConfiguration if it is wanted."""
     path = Path(options.kubeconfig).absolute()
-    if path.is_dir():
-        raise UsageError(f"--kubeconfig: {path} is a folder")
-    return path
+    beside = Path(options.join_config or path.parent / "kubeadm-join.yaml").absolute()
+    paths = {"--kubeconfig": path, "--join-config": beside}
+    if options.format != "kubeadm":
+        if options.join_config:
+            raise UsageError("--join-config is for --format kubeadm")
+        del paths["--join-config"]
+    elif str(path) in KUBEADM_FILES:
+        raise UsageError(f"--kubeconfig: kubeadm does not join where {path} is there; name another")
+    elif path == beside:
+        raise UsageError("--kubeconfig and --join-config are two files")
+    for name, each in paths.items():
+        if each.is_dir():
+            raise UsageError(f"{name}: {each} is a folder")
+    return [*paths.values()]
 
 
 def client_trust(options: argparse.Namespace, stop: Stop) -> Callable[[Token], Access]:
@@ -2893,11 +3224,11 @@ def client_trust(options: argparse.Namespace, stop: Stop) -> Callable[[Token], A
 
 def run_client(options: argparse.Namespace, stop: Stop) -> int:
     """The client command; the exit code."""
-    path, trust = client_path(options), client_trust(options, stop)
+    paths, trust = client_paths(options), client_trust(options, stop)
     client = Client(
         CLOUDS[options.cloud].instance(options, Calls(), stop.wait),
         trust,
-        path,
+        *paths,
         tag_name=options.tag_name,
         interval=options.interval,
         timeout=options.timeout,
@@ -3055,8 +3386,10 @@ def _live_token(cluster: Cluster, options: argparse.Namespace, scope: str) -> To
 
 def check_client(look: Preflight, options: argparse.Namespace, stop: Stop) -> None:
     """All that the client needs."""
-    path, trust = client_path(options), client_trust(options, stop)
+    (path, *others), trust = client_paths(options), client_trust(options, stop)
     look.step("kubeconfig", lambda: path_finding(path))
+    for other in others:
+        look.step("join config", functools.partial(path_finding, other))
     instance = CLOUDS[options.cloud].instance(options, Calls(), stop.wait)
     for subject, call in instance.checks():
         look.step(subject, call)
@@ -3181,6 +3514,14 @@ def parse_url(text: str) -> str:
         shown = re.sub(r".*@", "...@", redact(text), flags=re.DOTALL)  # it may be a password
         raise ValueError(f"{shown!r} is not a URL such as https://api.example.com:6443")
     return text.rstrip("/")
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """`ADDR:PORT`, `:PORT` or `[IPv6]:PORT` as (address, port)."""
+    match = re.fullmatch(r"(\[([0-9a-fA-F:.]+)\]|[A-Za-z0-9.-]*):([0-9]{1,5})", text)
+    if not match or int(match[3]) > 65535:
+        raise ValueError(f"{text!r} is not ADDR:PORT, such as 127.0.0.1:9115, :9115 or [::1]:9115")
+    return match[2] or match[1], int(match[3])
 
 
 def parse_groups(text: str) -> str:
@@ -3330,6 +3671,10 @@ SERVER_FLAGS = [
     Flag("interval", "time from pass to pass", ("INTERVAL",), positive_duration, "10s", "DURATION"),
     Flag("once", "make one pass and exit, 4 when a part of it failed", (), parse_bool),
     Flag("dry-run", "print what a pass would do, and do nothing", (), parse_bool),
+    Flag("metrics-file", "write metrics there after each pass, for node_exporter's textfile collector",
+         ("METRICS_FILE",), metavar="FILE"),
+    Flag("metrics-listen", "answer /metrics, /healthz and /readyz there; nothing listens without it",
+         ("METRICS_LISTEN",), parse_listen, metavar="ADDR:PORT"),
 ]
 
 STATUS_FLAGS = [
@@ -3352,6 +3697,10 @@ CLIENT_FLAGS = [
     Flag("kubeconfig", "bootstrap kubeconfig to write", ("KUBECONFIG",), str,
          "kubeconfig-bootstrap", "FILE"),
     _TAG,
+    Flag("format", "kubeconfig; or kubeadm: with what `kubeadm join` takes as its config beside it",
+         (), one_of("kubeconfig", "kubeadm"), "kubeconfig", "FORMAT"),
+    Flag("join-config", "where that is written; else kubeadm-join.yaml beside the kubeconfig",
+         metavar="FILE"),
     Flag("read-from", "where to read the tag: imds (instance metadata, no right needed), api, or auto",
          ("READ_FROM",), one_of("auto", "imds", "api"), "auto", "SOURCE"),
     Flag("interval", "time from look to look", ("INTERVAL",), positive_duration, "5s", "DURATION"),
@@ -3509,6 +3858,10 @@ def check_options(options: argparse.Namespace) -> None:
         return
     if options.command == "server" and options.leader_elect and (options.once or options.dry_run):
         raise UsageError("--leader-elect is for a server that stays, without --once and --dry-run")
+    if options.command == "server" and options.metrics_listen and (options.once or options.dry_run):
+        raise UsageError("--metrics-listen is for a server that stays; --once takes --metrics-file")
+    if options.command == "server" and options.metrics_file and options.dry_run:
+        raise UsageError("--metrics-file is for passes, and --dry-run makes none")
     filters = dict(options.filter)
     if len(filters) < len(set(options.filter)):
         raise UsageError("--filter: a tag has one value, so two filters on one key never match")
@@ -3521,16 +3874,31 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 class LogFormatter(logging.Formatter):
-    """Lines without secrets; with a time, unless the journal adds its own."""
+    """Lines without secrets; with a time, unless the journal adds its own, and takes priorities."""
 
     def __init__(self, journal: bool):
         super().__init__("%(levelname)s %(message)s" if journal else
                          "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-        self.converter = time.gmtime
+        self.converter, self._journal = time.gmtime, journal
 
     def format(self, record: logging.LogRecord) -> str:
         """The line; a traceback is redacted as well."""
-        return redact(super().format(record))
+        text = redact(super().format(record))
+        return with_priority(text, record.levelno) if self._journal else text
+
+
+def with_priority(text: str, level: int) -> str:
+    """Each line with its priority before it, as the journal reads it: sd-daemon(3)."""
+    priority = 7 if level < logging.INFO else 6 if level < logging.WARNING else 4
+    priority = 3 if level >= logging.ERROR else priority
+    return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
+
+
+def complain(text: str) -> None:
+    """Write to stderr why the program ends."""
+    ours = redact(text)
+    line = with_priority(ours, logging.ERROR) if to_journal(os.environ) else ours
+    print(line, file=sys.stderr)
 
 
 def to_journal(environ: Mapping[str, str]) -> bool:
@@ -3561,7 +3929,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop.on_signals():
             return command_of(options).run(options, stop)
     except KetoError as error:
-        print(f"keto-tokens: {redact(' '.join(str(error).split()))}", file=sys.stderr)
+        complain(f"keto-tokens: {' '.join(str(error).split())}")
         return error.exit_code
 
 
@@ -3578,7 +3946,7 @@ def run() -> NoReturn:
     except Exception:
         import traceback
 
-        sys.stderr.write(redact(traceback.format_exc()))
+        complain(traceback.format_exc().rstrip())
         code = 70
     sys.exit(code)
 

@@ -56,6 +56,10 @@ FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, Any], tuple[str, Any], str]] 
     "interval": (("INTERVAL",), ("1h", 3600.0), ("1ms", 0.001), "0s"),
     "once": ((), YES, NO, ""),
     "dry-run": ((), YES, NO, ""),
+    "metrics-file": (("METRICS_FILE",), *TEXTS, ""),
+    "metrics-listen": (("METRICS_LISTEN",), (":91", ("", 91)), ("[::1]:0", ("::1", 0)), "91"),
+    "format": ((), ("kubeadm", "kubeadm"), ("kubeconfig", "kubeconfig"), "nonsense"),
+    "join-config": ((), *TEXTS, ""),
     "read-from": (("READ_FROM",), ("imds", "imds"), ("api", "api"), "nonsense"),
     "timeout": (("TIMEOUT",), ("1h", 3600.0), ("1ms", 0.001), "10"),
     "node": ((), *TEXTS, ""),
@@ -75,7 +79,7 @@ VIEW = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "server": {
         **VIEW, "command": "server", "once": False, "dry_run": False, "give_up": 7200.0,
-        "no_revoke": False, "leader_elect": False,
+        "no_revoke": False, "leader_elect": False, "metrics_file": "", "metrics_listen": "",
         "auth_extra_groups": "system:bootstrappers:kubeadm:default-node-token",
     },
     "status": {**VIEW, "command": "status", "node": "", "output": "", "watch": False},
@@ -83,7 +87,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "command": "client", "cloud": "aws", "verbose": False, "master": "https://127.0.0.1:6443",
         "ca_path": "", "insecure_skip_tls_verify": False, "kubeconfig": "kubeconfig-bootstrap",
         "tag_name": "KubeletToken", "interval": 5.0, "timeout": 0.0, "ca_cert_hash": [],
-        "read_from": "auto",
+        "read_from": "auto", "format": "kubeconfig", "join_config": "",
     },
 }
 
