@@ -2086,6 +2086,7 @@ class Server:
                     raise
                 log.error("pass failed: %s", error)
             first = False
+            self._monitor.started()
             while (left := started + interval - time.monotonic()) > 0 and not self._stop.is_set():
                 self._stop.wait(min(left, self._monitor.period))
                 self._monitor.beat()
@@ -2531,14 +2532,21 @@ class Monitor:
         self._notify, self._metrics, self._file = notify, metrics, file
         self.period = min(HUNG, notify.watchdog) / 2  # seconds to wait at most between two beats
         self._fresh = max(60.0, 3 * interval)  # seconds for which a good pass counts
-        self._beaten, self._good, self._status = time.monotonic(), float("-inf"), ""
+        self._beaten, self._good = time.monotonic(), float("-inf")
+        self._started, self._status = False, ""
         self._world: World | None = None
 
     def beat(self) -> None:
-        """A sign of life; until the first pass is over it also puts off systemd's start timeout."""
+        """A sign of life; as long as the server starts it also puts off systemd's timeout for that."""
         self._beaten = time.monotonic()
-        more = () if self._status else (f"EXTEND_TIMEOUT_USEC={HUNG * 1e6:.0f}",)
+        more = () if self._started else (f"EXTEND_TIMEOUT_USEC={HUNG * 1e6:.0f}",)
         self._notify.send("WATCHDOG=1", *more)
+
+    def started(self) -> None:
+        """The server is up: it has made a pass, or found that another one leads."""
+        if not self._started:
+            self._notify.send("READY=1")
+        self._started = True
 
     def saw(self, world: World, actions: Iterable[Action]) -> None:
         """What a pass has found, before it acts."""
@@ -2572,6 +2580,7 @@ class Monitor:
             self._metrics.saw(())
             self._write(self._metrics)
         self._tell("standing by")
+        self.started()
 
     def stopping(self) -> None:
         """The server ends."""
@@ -2579,7 +2588,7 @@ class Monitor:
 
     def _tell(self, status: str) -> None:
         if status != self._status:
-            self._notify.send("READY=1", f"STATUS={redact(' '.join(status.split()))}")
+            self._notify.send(f"STATUS={redact(' '.join(status.split()))}")
         self._status = status
         self.beat()
 
@@ -2608,6 +2617,8 @@ class Monitor:
 def monitored(options: argparse.Namespace, calls: Calls) -> Iterator[Monitor]:
     """The monitor that the flags ask for, listening while the block lasts."""
     file = Path(options.metrics_file).absolute() if options.metrics_file else None
+    if file and file.is_dir():
+        raise UsageError(f"--metrics-file: {file} is a folder")
     if file:
         path_finding(file)
     metrics = Metrics(calls) if file or options.metrics_listen else None
