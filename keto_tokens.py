@@ -46,6 +46,7 @@ import os
 import random
 import re
 import secrets
+import shlex
 import signal
 import socket
 import ssl
@@ -55,6 +56,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -3450,6 +3452,539 @@ def run_check(options: argparse.Namespace, stop: Stop) -> int:
 
 
 # ---------------------------------------------------------------------------------------------
+# Generate: ready files for those who run it, from the flags that they are to run with
+# ---------------------------------------------------------------------------------------------
+
+GCE_PERMISSIONS = (
+    "compute.instances.get", "compute.instances.getGuestAttributes", "compute.instances.list",
+    "compute.instances.setMetadata", "compute.zoneOperations.get",
+)
+SCOPE_FLAGS = {"aws": "region", "gce": "project"}  # the flag that says what Pools.scope will be
+METRICS_PORT = 9115
+
+SANDBOX = """\
+# The file unpacks itself there.
+CacheDirectory=keto-tokens
+CacheDirectoryMode=0700
+NoNewPrivileges=yes
+ProtectSystem=strict
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProcSubset=pid
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+"""
+
+SYSTEMD_SERVER = f"""\
+# /etc/systemd/system/keto-tokens.service
+[Unit]
+Description=Bootstrap tokens for new Kubernetes nodes
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+ExecStart=@COMMAND@
+@KIND@
+# A wrong flag is not mended by a restart.
+RestartPreventExitStatus=2
+@CREDENTIALS@
+@USER@
+ProtectHome=yes
+UMask=0077
+{SANDBOX}
+@INSTALL@
+"""
+STAYING = """\
+# Up after its first pass; `systemctl status` shows what the last one did.  The loop of passes itself
+# gives signs of life, before each step and after each action, so one that hangs is restarted: a call
+# to AWS with all its retries may take 200 s.
+Type=notify
+WatchdogSec=5min
+TimeoutStartSec=5min
+Restart=always
+RestartSec=5"""
+ONE_PASS = """\
+# A pass each time keto-tokens.timer says so; as long as it runs, no other one is started.
+Type=oneshot
+TimeoutStartSec=1h"""
+NOBODY = """\
+# A user that is there only while it runs, with no power at all.
+DynamicUser=yes
+PrivateUsers=yes
+CapabilityBoundingSet="""
+ROOT_ALONE = """\
+# root, since the metrics go where others may not write, but with none of its other powers.
+CapabilityBoundingSet=CAP_DAC_OVERRIDE
+ReadWritePaths="""
+
+SYSTEMD_CLIENT = f"""\
+# /etc/systemd/system/keto-tokens-client.service
+[Unit]
+Description=Bootstrap credential for the kubelet
+# Nothing is to be done where the kubelet has a credential of its own.
+ConditionPathExists=!/etc/kubernetes/kubelet.conf
+Wants=network-online.target
+After=network-online.target
+@BEFORE@
+# It is tried until it succeeds.
+StartLimitIntervalSec=0
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+@FOLDERS@
+ExecStart=@COMMAND@
+@JOIN@
+Restart=on-failure
+RestartSec=5
+RestartPreventExitStatus=2
+# root, since the kubelet reads what is written as root, but with none of its other powers.
+CapabilityBoundingSet=CAP_DAC_OVERRIDE
+ReadWritePaths=@WRITES@
+ProtectHome=read-only
+{SANDBOX}
+[Install]
+WantedBy=@WANTED@
+"""
+
+SYSTEMD_TIMER = """\
+# /etc/systemd/system/keto-tokens.timer, for the service that this makes:
+#   @SERVICE@
+[Unit]
+Description=Passes of keto-tokens
+
+[Timer]
+OnActiveSec=0
+# From the end of a pass to the start of the next one.
+OnUnitInactiveSec=@INTERVAL@
+AccuracySec=1s
+
+[Install]
+WantedBy=timers.target
+"""
+
+CRON = """\
+# /etc/cron.d/keto-tokens: a pass a minute, none while the last one still runs.  What it says goes to
+# syslog; what a pass could not do is done by the next.
+SHELL=/bin/sh
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+* * * * * root flock -n /run/keto-tokens.lock @COMMAND@ 2>&1 | logger -t keto-tokens
+"""
+
+RBAC = """\
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: keto-tokens, namespace: @NS@}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: keto-tokens, namespace: @NS@}
+rules:
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [list, get, create, update, delete]
+@LEASES@
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: keto-tokens, namespace: @NS@}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: keto-tokens}
+subjects:
+- {kind: ServiceAccount, name: keto-tokens, namespace: @NS@}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: keto-tokens}
+rules:  # to see that a node has joined; without them tokens are left to expire
+- apiGroups: [certificates.k8s.io]
+  resources: [certificatesigningrequests]
+  verbs: [list]
+- apiGroups: [""]
+  resources: [nodes]
+  verbs: [get]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: keto-tokens}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: keto-tokens}
+subjects:
+- {kind: ServiceAccount, name: keto-tokens, namespace: @NS@}
+"""
+LEASES = """\
+- apiGroups: [coordination.k8s.io]  # for --leader-elect
+  resources: [leases]
+  verbs: [get, create, update]"""
+NAMED_LEASES = """\
+- apiGroups: [coordination.k8s.io]  # for --leader-elect: the Lease of servers with these flags
+  resources: [leases]
+  resourceNames: [@NAME@]
+  verbs: [get, update]
+- apiGroups: [coordination.k8s.io]  # what is created has no name yet that could be asked for
+  resources: [leases]
+  verbs: [create]"""
+
+DEPLOYMENT = """\
+# What this may do in the cluster comes from `keto-tokens generate rbac`.
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: keto-tokens, namespace: @NS@, labels: {app: keto-tokens}}
+spec:
+  replicas: @REPLICAS@
+  selector: {matchLabels: {app: keto-tokens}}
+  template:
+    metadata: {labels: {app: keto-tokens}}
+    spec:
+      serviceAccountName: keto-tokens
+      priorityClassName: system-cluster-critical
+      # The file is mounted from the host, so it has to be on the hosts of the control plane.  Where the
+      # cloud's credentials are the host's role, its metadata service needs a hop limit of 2.
+      nodeSelector: {node-role.kubernetes.io/control-plane: ""}
+      tolerations:
+      - {key: node-role.kubernetes.io/control-plane, effect: NoSchedule}
+      securityContext:
+        {runAsNonRoot: true, runAsUser: 65534, runAsGroup: 65534, seccompProfile: {type: RuntimeDefault}}
+      containers:
+      - name: keto-tokens
+        image: @IMAGE@  # any with a python3 of 3.10 or newer
+        command: [python3, @PATH@]
+        args:
+        @ARGS@
+        env:
+        - {name: SHIV_ROOT, value: /cache}  # where the file unpacks itself
+        ports:
+        - {name: metrics, containerPort: @PORT@}
+        # A loop of passes that hangs is restarted; one whose passes fail is not ready.
+        livenessProbe: {httpGet: {path: /healthz, port: metrics}, periodSeconds: 30, timeoutSeconds: 5}
+        readinessProbe: {httpGet: {path: /readyz, port: metrics}, timeoutSeconds: 5}
+        resources: {requests: {cpu: 20m, memory: 64Mi}, limits: {memory: 256Mi}}
+        securityContext:
+          {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL]}}
+        volumeMounts:
+        - {name: program, mountPath: @PATH@, readOnly: true}
+        - {name: cache, mountPath: /cache}
+      volumes:
+      - {name: program, hostPath: {path: @PATH@, type: File}}
+      - {name: cache, emptyDir: {}}
+"""
+
+GCE_ROLE = """\
+# gcloud iam roles create ketoTokens --project PROJECT --file FILE
+# setMetadata on a node that runs as a service account also takes iam.serviceAccounts.actAs on that
+# account: grant roles/iam.serviceAccountUser on the nodes' accounts, not in the project.
+title: keto-tokens server
+description: Finds instances, leaves bootstrap tokens in their metadata, reads their guest attributes
+stage: GA
+includedPermissions:
+@PERMISSIONS@
+"""
+
+
+class Verbatim(str):
+    """A word in which systemd is to put in a variable."""
+
+
+def fill(template: str, **values: str) -> str:
+    """The template with each @NAME@ replaced by its value; a line with an empty one is left out."""
+    lines = []
+    for line in template.splitlines():
+        if all(values[name] for name in re.findall("@([A-Z]+)@", line)):
+            lines.append(re.sub("@([A-Z]+)@", lambda match: values[match[1]], line))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def invocation(options: argparse.Namespace, **instead: Any) -> list[list[str]]:
+    """The flags that were given, each as its words; `instead` are values in place of theirs.
+
+    They are parsed as they will be, so that nothing is generated that is refused when it runs.
+    """
+    role = GENERATES[options.role].role
+    values = {**vars(options), **instead}
+    words: list[list[str]] = []
+    for flag in [*GLOBAL_FLAGS, *COMMANDS[role].flags]:
+        value = values[flag.dest]
+        if flag.boolean:
+            words += [[f"--{flag.name}"]] * value
+        elif value and not (flag in GLOBAL_FLAGS and value == flag.default):
+            words += [flag_words(flag, text) for text in (value if flag.repeat else [value])]
+    parse_options([role, *(word for each in words for word in each)], {})
+    return words
+
+
+def flag_words(flag: Flag, text: str) -> list[str]:
+    """A flag with its value, as words of a command; UsageError where it cannot stand in a file."""
+    if flag.name == "kube-token":
+        raise UsageError("--kube-token: nothing secret is generated; pass --kube-token-file")
+    if not text.isprintable():
+        raise UsageError(f"--{flag.name}: {text!r} has characters that cannot stand in a file")
+    if flag.metavar == "FILE" and not text.startswith(("/", "${")):
+        raise UsageError(f"--{flag.name}: {text!r} is relative, but to what? Pass an absolute path")
+    if text.startswith("-"):
+        return [f"--{flag.name}={text}"]
+    return [f"--{flag.name}", text]
+
+
+def server_invocation(options: argparse.Namespace, **instead: Any) -> list[list[str]]:
+    """The server's flags, for a host, where a cluster has to be named."""
+    if not options.kubeconfig and not (options.master and options.kube_token_file):
+        invocation(options, **instead)  # what else is wrong comes first
+        raise UsageError("which cluster? Pass --kubeconfig, or --master and --kube-token-file")
+    return invocation(options, **instead)
+
+
+def unit_word(text: str) -> str:
+    """A word of a command in a unit: systemd.service(5), "Command lines"."""
+    if isinstance(text, Verbatim) or re.fullmatch(r"[\w@+=:,./-]+", text, re.ASCII):
+        return text
+    for special, escaped in ("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$"):
+        text = text.replace(special, escaped)
+    return f'"{text}"'
+
+
+def unit_path(text: str) -> str:
+    """A path as the value of a setting, where systemd knows no escapes but that of `%`."""
+    if re.search(r"[\\\"']", text) or text != text.strip():
+        raise UsageError(f"{text!r} cannot stand in a unit: no quotes, backslashes, spaces at its ends")
+    return os.path.normpath(text).replace("%", "%%")
+
+
+def unit_command(options: argparse.Namespace, words: Iterable[Iterable[str]]) -> str:
+    """An ExecStart= of the program, a flag on each line."""
+    role = GENERATES[options.role].role
+    lines = [f"{options.path} {role}", *(" ".join(map(unit_word, each)) for each in words)]
+    return " \\\n    ".join(lines)
+
+
+def cron_word(text: str) -> str:
+    """A word for a crontab's shell: crontab(5), where `%` ends the command unless it is escaped."""
+    return "\\%".join(part and shlex.quote(part) for part in text.split("%"))
+
+
+def pod_word(text: str) -> str:
+    """An argument of a container as YAML; `$(NAME)` would be replaced by a variable."""
+    return json.dumps(text.replace("$", "$$"), ensure_ascii=False)
+
+
+def systemd_server(options: argparse.Namespace) -> str:
+    """The server as a service, or a pass of it for a timer to start."""
+    files = {name: vars(options)[name] for name in ("kubeconfig", "ca_path", "kube_token_file")}
+    server_invocation(options)
+    copies = {name: Verbatim(f"${{CREDENTIALS_DIRECTORY}}/{name}") for name in files if files[name]}
+    credentials = [f"LoadCredential={name}:{unit_path(files[name])}" for name in copies]
+    if credentials:
+        credentials.insert(0, "# Read by root and handed to the service, so restart it when they change.")
+    written = options.metrics_file and unit_path(os.path.dirname(options.metrics_file))
+    return fill(
+        SYSTEMD_SERVER,
+        COMMAND=unit_command(options, server_invocation(options, **copies)),
+        KIND=ONE_PASS if options.once else STAYING,
+        CREDENTIALS="\n".join(credentials),
+        USER=f'{ROOT_ALONE}"{written}"' if written else NOBODY,
+        INSTALL="" if options.once else "[Install]\nWantedBy=multi-user.target",
+    )
+
+
+def systemd_timer(options: argparse.Namespace) -> str:
+    """The timer of a service that makes one pass."""
+    words = server_invocation(options, once=True, interval="")
+    flags = [word for each in words for word in each]
+    if options.path != _PATH.default:
+        flags += ["--path", options.path]
+    seconds = max(1, round(parse_duration(options.interval or "1m")))
+    return fill(
+        SYSTEMD_TIMER,
+        INTERVAL=f"{seconds}s",
+        SERVICE=f"keto-tokens generate systemd-server {shlex.join(flags)} > keto-tokens.service",
+    )
+
+
+def cron(options: argparse.Namespace) -> str:
+    """A pass a minute."""
+    words = [word for each in server_invocation(options, once=True, interval="") for word in each]
+    line = fill(CRON, COMMAND=" ".join([options.path, "server", *map(cron_word, words)]))
+    if len(line.splitlines()[-1].encode()) > 998:  # Debian's cron
+        raise UsageError("that does not fit into a crontab's line of 998 bytes")
+    return line
+
+
+def client_files(options: argparse.Namespace) -> tuple[dict[str, str], str]:
+    """The files that the client is to write, by their options; the command that follows it."""
+    if options.format != "kubeadm":
+        path = options.kubeconfig or KUBEADM_FILES[0]
+        return {"kubeconfig": path}, "systemctl start kubelet"
+    path = options.kubeconfig or "/etc/kubernetes/bootstrap-keto-tokens.conf"
+    joins = options.join_config or f"{os.path.dirname(path)}/kubeadm-join.yaml"
+    return {"kubeconfig": path, "join_config": joins}, f"kubeadm join --config {shlex.quote(joins)}"
+
+
+def systemd_client(options: argparse.Namespace) -> str:
+    """The client as a service that is through before the kubelet starts.
+
+    Not so for kubeadm, which starts the kubelet itself, and would wait for us who wait for it.
+    """
+    files, _ = client_files(options)
+    command = unit_command(options, invocation(options, **files))
+    folders = list(dict.fromkeys(unit_path(os.path.dirname(path)) for path in files.values()))
+    joins = files.get("join_config")
+    return fill(
+        SYSTEMD_CLIENT,
+        BEFORE="" if joins else "Before=kubelet.service",
+        FOLDERS="\n".join(f'ExecStartPre=+/bin/mkdir -p "{folder.replace("$", "$$")}"' for folder in folders),
+        COMMAND=command,
+        JOIN=f"ExecStartPost=+/usr/bin/env kubeadm join --config {unit_word(joins)}" if joins else "",
+        WRITES=" ".join(f'"{folder}"' for folder in folders),
+        WANTED="multi-user.target" if joins else "multi-user.target kubelet.service",
+    )
+
+
+def userdata(options: argparse.Namespace) -> str:
+    """What cloud-init runs on a new node: it fetches the file, checks it, and uses it."""
+    files, after = client_files(options)
+    words = [word for each in invocation(options, **files) for word in each]
+    if not options.url:
+        raise UsageError("--url: from where are nodes to download the file?")
+    new = f"{options.path}.new"
+    line = " && ".join([
+        f"curl -fsSL --retry 10 --retry-connrefused -o {new} {shlex.quote(options.url)}",
+        f"echo '{options.sha256 or own_sha256()}  {new}' | sha256sum -c -",
+        f"chmod 755 {new}",
+        f"mv {new} {options.path}",
+        shlex.join([options.path, "client", *words]),
+        after,
+    ])
+    if options.shell:
+        return f"#!/bin/sh\n{line}\n"
+    return f"#cloud-config\nruncmd:\n- {json.dumps(line, ensure_ascii=False)}\n"
+
+
+def own_sha256() -> str:
+    """The SHA-256 of the file that this program was started from."""
+    if not zipfile.is_zipfile(sys.argv[0]):
+        raise UsageError("--sha256: of the file at --url; it is known only when that file generates")
+    return hashlib.sha256(Path(sys.argv[0]).read_bytes()).hexdigest()
+
+
+def iam_policy(*statements: Mapping[str, Any]) -> str:
+    """A policy of these statements."""
+    return json.dumps({"Version": "2012-10-17", "Statement": statements}, indent=2) + "\n"
+
+
+def iam_literal(text: str) -> str:
+    """A text for the value of a condition, in which `${` begins a policy variable."""
+    return text.replace("$", "${$}")
+
+
+def iam_tagging(options: argparse.Namespace, sid: str, **conditions: Any) -> dict[str, Any]:
+    """A statement that allows to set our tag, and no other, on instances."""
+    tag = iam_literal(options.tag_name or _TAG.default)
+    return {
+        "Sid": sid,
+        "Effect": "Allow",
+        "Action": "ec2:CreateTags",
+        "Resource": f"arn:aws:ec2:*:{options.account}:instance/*",
+        "Condition": {
+            **conditions,
+            "ForAllValues:StringEquals": {"aws:TagKeys": [tag]},
+            "Null": {"aws:TagKeys": "false"},
+        },
+    }
+
+
+def iam_server(options: argparse.Namespace) -> str:
+    """The policy for the role of the machines that the server runs on."""
+    checked_anywhere(options)
+    actions = ["autoscaling:DescribeAutoScalingGroups", "ec2:DescribeTags"]
+    find = {"Sid": "FindNodes", "Effect": "Allow", "Action": actions, "Resource": "*"}
+    return iam_policy(find, iam_tagging(options, "LeaveTokens"))
+
+
+def iam_client(options: argparse.Namespace) -> str:
+    """The policy for the role of the nodes: `Success` into our tag of themselves, and to read it."""
+    checked_anywhere(options)
+    read = {"Sid": "ReadTag", "Effect": "Allow", "Action": "ec2:DescribeTags", "Resource": "*"}
+    itself = f"arn:aws:ec2:*:{options.account}:instance/${{ec2:InstanceID}}"
+    mark = iam_tagging(
+        options, "MarkOwnTag", ArnLike={"ec2:SourceInstanceARN": itself},
+        StringEquals={f"aws:RequestTag/{options.tag_name or _TAG.default}": CONSUMED},
+    )
+    return iam_policy(mark) if options.read_from == "imds" else iam_policy(read, mark)
+
+
+def gce_role(options: argparse.Namespace) -> str:
+    """The role for the service account that the server runs as."""
+    return fill(GCE_ROLE, PERMISSIONS="\n".join(f"- {name}" for name in GCE_PERMISSIONS))
+
+
+def checked_anywhere(options: argparse.Namespace) -> argparse.Namespace:
+    """The flags as the role parses them, for what is the same whichever groups it serves."""
+    role = GENERATES[options.role].role
+    everything = role == "server" and not (options.filter or options.all_groups)
+    words = invocation(options, **{"all_groups": True} if everything else {})
+    parsed = parse_options([role, *(word for each in words for word in each)], {})
+    if parsed is None:
+        raise AssertionError("help was asked for")
+    return parsed
+
+
+def rbac(options: argparse.Namespace) -> str:
+    """What the server may do in the cluster, for a service account.
+
+    With --leader-elect it needs a Lease, whose name is known when the owner is: see `owner_hash`.
+    """
+    parsed = checked_anywhere(options)
+    scope = vars(options).get(SCOPE_FLAGS.get(options.cloud, ""), "")
+    known = scope and (options.filter or options.all_groups)
+    name = lease_name(owner_hash(options.cloud, scope, parsed.tag_name, parsed.filter))
+    leases = NAMED_LEASES.replace("@NAME@", name) if known else LEASES
+    return fill(RBAC, NS=yaml_name(parsed.token_namespace), LEASES=leases if options.leader_elect else "")
+
+
+def yaml_name(namespace: str) -> str:
+    """A namespace for YAML, where some names mean something else: `on`, `1e3`."""
+    return namespace if namespace == READ_NAMESPACE else json.dumps(namespace)
+
+
+def deployment(options: argparse.Namespace) -> str:
+    """The server as a pod, with its service account; any number of them may run."""
+    for name in ("master", "kubeconfig", "ca_path", "kube_token_file", "context", "metrics_file"):
+        if vars(options)[name]:
+            raise UsageError(f"--{name.replace('_', '-')}: a pod has its service account, and no such file")
+    listen = options.metrics_listen or f":{METRICS_PORT}"
+    host, port = parse_listen(listen)
+    if host not in ("", "0.0.0.0", "::") or not port:
+        raise UsageError("--metrics-listen: the probes of a pod need :PORT")
+    words = [word for each in invocation(options, metrics_listen=listen) for word in each]
+    namespace = options.token_namespace or READ_NAMESPACE
+    return fill(
+        DEPLOYMENT, NS=yaml_name(namespace), REPLICAS="2" if options.leader_elect else "1",
+        IMAGE=json.dumps(options.image), PATH=options.path, PORT=str(port),
+        ARGS="\n        ".join(f"- {pod_word(word)}" for word in ["server", *words]),
+    )
+
+
+def run_generate(
+    make: Callable[[argparse.Namespace], str], options: argparse.Namespace, stop: Stop
+) -> int:
+    """A generate command: print what was made."""
+    print(make(options), end="")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
 # Command line: every flag stands once, in FLAGS; a flag beats its variable, that beats the default
 # ---------------------------------------------------------------------------------------------
 
@@ -3535,6 +4070,27 @@ def parse_listen(text: str) -> tuple[str, int]:
     return match[2] or match[1], int(match[3])
 
 
+def parse_program(text: str) -> str:
+    """A path that needs no quotes anywhere."""
+    if not re.fullmatch(r"(/[A-Za-z0-9._+-]+)+", text):
+        raise ValueError(f"{text!r} is not an absolute path of letters, digits and . _ + -")
+    return text
+
+
+def parse_account(text: str) -> str:
+    """The number of an AWS account."""
+    if not re.fullmatch("[0-9]{12}", text):
+        raise ValueError(f"{text!r} is not the 12 digits of an account")
+    return text
+
+
+def parse_sha256(text: str) -> str:
+    """A SHA-256 in hex."""
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise ValueError(f"{text!r} is not 64 hex digits")
+    return text.lower()
+
+
 def parse_groups(text: str) -> str:
     """Groups for the token's user, comma separated, as the API server wants them.
 
@@ -3606,6 +4162,16 @@ class Flag:
         env = f" [{', '.join(f'${name}' for name in self.env)}]" if self.env else ""
         default = f" (default: {self.default})" if self.default else ""
         return f"{self.help}{env}{default}"
+
+    def literal(self) -> Flag:
+        """The same for generate: its value is the text that was given, "" for none."""
+
+        def text_of(text: str) -> str:
+            self.parse(text)
+            return text
+
+        kept = parse_bool if self.boolean else text_of
+        return replace(self, help=self.describe(), env=(), parse=kept, default="")
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Declare the flag; its value is only there when it was given."""
@@ -3722,7 +4288,7 @@ CLIENT_FLAGS = [
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the program.  `role` is that of a check."""
+    """A command of the program.  `role` is the one that a check or generate is about."""
 
     run: Callable[[argparse.Namespace, Stop], int]
     flags: list[Flag]
@@ -3754,6 +4320,58 @@ CHECKS = {
         f"keto-tokens check {COMMANDS[role].example.removeprefix('keto-tokens ')}", role,
     )
     for role in ("server", "client")
+}
+
+
+_PATH = Flag("path", "where the file is installed", parse=parse_program, metavar="FILE",
+             default="/usr/local/bin/keto-tokens")
+_ACCOUNT = Flag("account", "AWS account of the instances", parse=parse_account, metavar="ID",
+                default="111122223333")
+_USERDATA = [
+    Flag("url", "where nodes download the file", parse=parse_url, metavar="URL"),
+    Flag("sha256", "what it must be; else that of the file that generates", parse=parse_sha256,
+         metavar="HEX"),
+    Flag("shell", "a shell script instead of cloud-init's YAML", parse=parse_bool),
+]
+_IMAGE = Flag("image", "any image with Python", default="python:3.14-slim", metavar="NAME")
+
+
+def _generated(
+    make: Callable[[argparse.Namespace], str], role: str, help: str, given: str, *own: Flag
+) -> Command:
+    """A generate command: it takes the flags of its role, and its own."""
+    what = make.__name__.replace("_", "-")
+    flags = [*(flag.literal() for flag in COMMANDS[role].flags), *own]
+    example = f"keto-tokens generate {what} {given}".rstrip()
+    return Command(functools.partial(run_generate, make), flags, help, example, role)
+
+
+_HOST = "--filter Role=compute \\\n      --kubeconfig /etc/kubernetes/admin.conf"
+_NODE = "--master https://api:6443 \\\n      --ca-path /etc/kubernetes/ca.crt"
+GENERATES = {
+    command.example.split()[2]: command
+    for command in [
+        _generated(systemd_server, "server", "a unit for the server; with --once, for a timer",
+                   f"{_HOST} > /etc/systemd/system/keto-tokens.service", _PATH),
+        _generated(systemd_client, "client", "a unit for the client, before the kubelet's",
+                   f"{_NODE} > /etc/systemd/system/keto-tokens-client.service", _PATH),
+        _generated(systemd_timer, "server", "a timer for systemd-server --once",
+                   f"{_HOST} > /etc/systemd/system/keto-tokens.timer", _PATH),
+        _generated(cron, "server", "a file for /etc/cron.d", f"{_HOST} > /etc/cron.d/keto-tokens", _PATH),
+        _generated(userdata, "client", "userdata for new nodes, by cloud-init or the shell",
+                   f"{_NODE} --url https://example.com/keto-tokens", _PATH, *_USERDATA),
+        _generated(iam_server, "server", "the IAM policy for the server (AWS)", "> policy.json", _ACCOUNT),
+        _generated(iam_client, "client", "the IAM policy for nodes (AWS)",
+                   "--read-from imds > policy.json", _ACCOUNT),
+        _generated(gce_role, "server", "the IAM role for the server (Google Cloud)", "> role.yaml"),
+        _generated(rbac, "server", "the server's rights in the cluster", "| kubectl apply -f -"),
+        _generated(deployment, "server", "the server as a pod on the control plane",
+                   "--filter Role=compute | kubectl apply -f -", _PATH, _IMAGE),
+    ]
+}
+GROUPS = {
+    "check": ("ROLE", "would server or client work here?", CHECKS),
+    "generate": ("WHAT", "print units, policies, manifests, ready to be used", GENERATES),
 }
 
 
@@ -3797,21 +4415,24 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
     for name, command in COMMANDS.items():
         parsers[name] = declare(commands, name, command)
-    check = commands.add_parser("check", help="would server or client work here?", **shared)
-    roles = check.add_subparsers(dest="role", metavar="ROLE", parser_class=Parser)
-    for role, command in CHECKS.items():
-        parsers[f"check {role}"] = declare(roles, role, command)
+    for group, (metavar, about, members) in GROUPS.items():
+        parsers[group] = commands.add_parser(group, help=about, description=about, **shared)
+        inside = parsers[group].add_subparsers(dest="role", metavar=metavar, parser_class=Parser)
+        for name, command in members.items():
+            parsers[f"{group} {name}"] = declare(inside, name, command)
+        parsers[group].epilog = f"example:\n  {next(iter(members.values())).example}"
     sub = commands.add_parser("help", aliases=["h"], help="help for a command", **shared)
     sub.add_argument("topic", nargs="*", metavar="COMMAND")
-    for each in (parser, check, *parsers.values()):
+    for each in (parser, *parsers.values()):
         for flag in GLOBAL_FLAGS:
             flag.add_to(each)
-    return parser, {**parsers, "check": check}
+    return parser, parsers
 
 
 def normalized(argv: Sequence[str]) -> list[str]:
     """The arguments as argparse takes them: Go also allows `-name` and `--flag=true`."""
-    flags = [*GLOBAL_FLAGS, *(flag for command in COMMANDS.values() for flag in command.flags)]
+    commands = [*COMMANDS.values(), *CHECKS.values(), *GENERATES.values()]
+    flags = [*GLOBAL_FLAGS, *(flag for command in commands for flag in command.flags)]
     names = {"help", "version", *(flag.name for flag in flags)}
     booleans = {flag.name for flag in flags if flag.boolean}
     result = []
@@ -3844,19 +4465,26 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> argparse.N
         print(parsers.get(topic, parser).format_help(), end="")
         return None
     if options.command is None:
-        raise UsageError(f"name a command: {', '.join(COMMANDS)}, check (see keto-tokens --help)")
-    if options.command == "check" and options.role is None:
-        raise UsageError(f"check what? {', '.join(CHECKS)} (see keto-tokens check --help)")
+        names = ", ".join([*COMMANDS, *GROUPS])
+        raise UsageError(f"name a command: {names} (see keto-tokens --help)")
+    if options.command in GROUPS and options.role is None:
+        names = ", ".join(GROUPS[options.command][2])
+        raise UsageError(f"{options.command} what? {names} (see keto-tokens {options.command} --help)")
+    if options.command == "generate":
+        environ = {}  # what it prints is for another machine
     for flag in [*GLOBAL_FLAGS, *command_of(options).flags]:
         if not hasattr(options, flag.dest):
             setattr(options, flag.dest, flag.from_environment(environ))
-    check_options(options)
+    if options.command != "generate":  # which has its flags checked as those of the command it is for
+        check_options(options)
     return options
 
 
 def command_of(options: argparse.Namespace) -> Command:
     """The command that was asked for."""
-    return CHECKS[options.role] if options.command == "check" else COMMANDS[options.command]
+    if options.command in GROUPS:
+        return GROUPS[options.command][2][options.role]
+    return COMMANDS[options.command]
 
 
 def check_options(options: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from clusters import SECRETS, StandinCluster, wait_for
 from conftest import FILTER, REPOSITORY, World
 from keto_tokens import Monitor, Notify
 from standin_aws import refusal
-from standin_kubernetes import Kubernetes, status
+from standin_kubernetes import Kubernetes, hang_up, status
 from test_several_servers import new_server
 
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases"
@@ -294,7 +294,7 @@ def test_each_attempt_of_a_call_counts(
     monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
     faulty.aws.fail("DescribeAutoScalingGroups", refusal("RequestLimitExceeded", 503), times=2)
-    api_of(faulty).fail("GET", SECRETS, lambda handler: handler.connection.close())
+    api_of(faulty).fail("GET", SECRETS, hang_up)
     api_of(faulty).fail("GET", SECRETS, status(429))
     text = measured()
     listed = {"service": "aws", "operation": "DescribeAutoScalingGroups"}
