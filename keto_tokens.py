@@ -3204,11 +3204,7 @@ def client_paths(options: argparse.Namespace) -> list[Path]:
     beside = Path(options.join_config or path.parent / "kubeadm-join.yaml").absolute()
     paths = {"--kubeconfig": path, "--join-config": beside}
     if options.format != "kubeadm":
-        if options.join_config:
-            raise UsageError("--join-config is for --format kubeadm")
         del paths["--join-config"]
-    elif str(path) in KUBEADM_FILES:
-        raise UsageError(f"--kubeconfig: kubeadm does not join where {path} is there; name another")
     elif path == beside:
         raise UsageError("--kubeconfig and --join-config are two files")
     for name, each in paths.items():
@@ -4493,6 +4489,10 @@ def check_options(options: argparse.Namespace) -> None:
         CLOUDS[options.cloud].tag_name(options.tag_name)
     except ValueError as error:
         raise UsageError(f"--tag-name [TAG_NAME]: {error}") from None
+    if "format" in options and options.join_config and options.format != "kubeadm":
+        raise UsageError("--join-config is for --format kubeadm")
+    if "format" in options and options.format == "kubeadm" and options.kubeconfig in KUBEADM_FILES:
+        raise UsageError(f"--kubeconfig: kubeadm does not join where {options.kubeconfig} is; name another")
     if "filter" not in options:
         return
     if options.command == "server" and options.leader_elect and (options.once or options.dry_run):

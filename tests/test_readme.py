@@ -78,14 +78,14 @@ def test_a_node_may_mark_itself_alone(name: str) -> None:
     }
 
 
-def granted() -> set[tuple[str, str, str, str]]:
-    """The rules of README's roles as (verb, group, resource, namespace)."""
-    rules = set()
-    for body in yaml.safe_load_all(blocks("yaml")[0]):
+def granted(text: str) -> set[tuple[str, ...]]:
+    """The rules of roles as (verb, group, resource, namespace) and perhaps a name."""
+    rules: set[tuple[str, ...]] = set()
+    for body in yaml.safe_load_all(text):
         for rule in body.get("rules", ()):
             namespace = body["metadata"].get("namespace", "")
             rules |= {
-                (verb, group, resource, namespace)
+                (verb, group, resource, namespace, *rule.get("resourceNames", ()))
                 for verb in rule["verbs"] for group in rule["apiGroups"] for resource in rule["resources"]
             }
     return rules
@@ -95,7 +95,8 @@ def test_the_rbac_allows_what_a_whole_life_uses_and_no_more(faulty: World) -> No
     """Issue, a name that is taken, extension, join, revocation, and a leader: every right is used."""
     assert isinstance(faulty.cluster, StandinCluster)
     api = faulty.cluster.api
-    token = api.account(sorted(granted()))
+    rules = granted(blocks("yaml")[0])
+    token = api.account(sorted(rules))
     user = api.users[token].name
     flags = [*FILTER, "--master", faulty.cluster.url, "--ca-path", str(faulty.cluster.ca_path)]
     environ = {"KUBE_SERVICE_TOKEN": token}
@@ -125,7 +126,7 @@ def test_the_rbac_allows_what_a_whole_life_uses_and_no_more(faulty: World) -> No
         (asked.verb, asked.group, asked.resource, asked.namespace)
         for asked in api.asked if asked.user == user
     }
-    assert used == granted()
+    assert used == rules
 
 
 def test_the_units_are_units(tmp_path: Any) -> None:
