@@ -12,13 +12,14 @@ is derived from the node, so creating it is the lock, and whatever a crash leave
 again by looking.  Nothing is remembered from one pass to the next.
 
 Exit codes:
-  0  done; the server was told to stop; the tag says that the token was consumed already
+  0  done; the server was told to stop; the tag says that the token was consumed
   1  status: a node is stuck; check: something fails
   2  a flag, an environment variable or a command is wrong; nothing was touched
-  3  cannot work as set up: a file, a credential, the cluster or the cloud is missing or refused
+  3  cannot work as set up: a file, a credential, the cluster or the cloud is
+     missing or refused
   4  server --once: a part of the pass failed; the next pass finishes it
   5  client: --timeout passed before there was a live token
-  6  client: the kubeconfig is written, but the tag could not be marked; run it again
+  6  client: the kubeconfig is written, but the tag is not marked; run it again
   70  a bug in this program: the one case that shows a traceback
   128+N  client: ended by signal N before it was done
 """
@@ -52,6 +53,7 @@ import socket
 import ssl
 import subprocess
 import tempfile
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -4305,7 +4307,7 @@ COMMANDS = {
     "client": Command(
         run_client, CLIENT_FLAGS, "take this node's token and write the bootstrap kubeconfig",
         "keto-tokens client --master https://api:6443 --ca-path /etc/kubernetes/ca.crt "
-        "\\\n      --kubeconfig /etc/kubernetes/bootstrap-kubelet.conf",
+        "--kubeconfig /etc/kubernetes/bootstrap-kubelet.conf",
     ),
 }
 _OUTPUT = Flag("output", "json", parse=one_of("json"), metavar="FORMAT", short="-o")
@@ -4342,8 +4344,8 @@ def _generated(
     return Command(functools.partial(run_generate, make), flags, help, example, role)
 
 
-_HOST = "--filter Role=compute \\\n      --kubeconfig /etc/kubernetes/admin.conf"
-_NODE = "--master https://api:6443 \\\n      --ca-path /etc/kubernetes/ca.crt"
+_HOST = "--filter Role=compute --kubeconfig /etc/kubernetes/admin.conf"
+_NODE = "--master https://api:6443 --ca-path /etc/kubernetes/ca.crt"
 GENERATES = {
     command.example.split()[2]: command
     for command in [
@@ -4386,6 +4388,12 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+def example(command: Command) -> str:
+    """How a command is used, for its help, folded as a shell takes it."""
+    lines = textwrap.wrap(command.example, 72, break_long_words=False, break_on_hyphens=False)
+    return "example:\n  " + " \\\n      ".join(lines)
+
+
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and those of its commands by name.  Global flags are taken by all of them."""
     about, _, exit_codes = (__doc__ or "").partition("Exit codes:")
@@ -4393,17 +4401,16 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
     parser = Parser(
-        prog="keto-tokens", description=about.partition("\n")[0], epilog=f"exit codes:{exit_codes}",
-        **shared,
+        prog="keto-tokens", description=textwrap.fill(about.partition("\n")[0], 78),
+        epilog=f"exit codes:{exit_codes}\n{example(COMMANDS['server'])}", **shared,
     )
     parser.add_argument("-v", "--version", action="version", version=f"keto-tokens {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     parsers = {}
 
     def declare(where: Any, name: str, command: Command) -> Parser:
-        example = f"example:\n  {command.example}"
         made: Parser = where.add_parser(
-            name, help=command.help, description=command.help, epilog=example, **shared
+            name, help=command.help, description=command.help, epilog=example(command), **shared
         )
         for flag in command.flags:
             flag.add_to(made)
@@ -4416,7 +4423,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         inside = parsers[group].add_subparsers(dest="role", metavar=metavar, parser_class=Parser)
         for name, command in members.items():
             parsers[f"{group} {name}"] = declare(inside, name, command)
-        parsers[group].epilog = f"example:\n  {next(iter(members.values())).example}"
+        parsers[group].epilog = example(next(iter(members.values())))
     sub = commands.add_parser("help", aliases=["h"], help="help for a command", **shared)
     sub.add_argument("topic", nargs="*", metavar="COMMAND")
     for each in (parser, *parsers.values()):
