@@ -101,6 +101,7 @@ def exec_words(unit: str) -> list[str]:
     for credential in found.get("LoadCredential", ()):
         name, _, path = credential.partition(":")
         assert f"\0/{name}" in words
+        assert "%" not in path.replace("%%", ""), "a specifier"
         words = [path.replace("%%", "%") if word == f"\0/{name}" else word for word in words]
     assert not any("\0" in word for word in words)
     return words
