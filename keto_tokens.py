@@ -12,13 +12,14 @@ is derived from the node, so creating it is the lock, and whatever a crash leave
 again by looking.  Nothing is remembered from one pass to the next.
 
 Exit codes:
-  0  done; the server was told to stop; the tag says that the token was consumed already
+  0  done; the server was told to stop; the tag says that the token was consumed
   1  status: a node is stuck; check: something fails
   2  a flag, an environment variable or a command is wrong; nothing was touched
-  3  cannot work as set up: a file, a credential, the cluster or the cloud is missing or refused
+  3  cannot work as set up: a file, a credential, the cluster or the cloud is
+     missing or refused
   4  server --once: a part of the pass failed; the next pass finishes it
   5  client: --timeout passed before there was a live token
-  6  client: the kubeconfig is written, but the tag could not be marked; run it again
+  6  client: the kubeconfig is written, but the tag is not marked; run it again
   70  a bug in this program: the one case that shows a traceback
   128+N  client: ended by signal N before it was done
 """
@@ -47,17 +48,20 @@ import os
 import random
 import re
 import secrets
+import shlex
 import signal
 import socket
 import ssl
 import subprocess
 import tempfile
+import textwrap
 import threading
 import time
 import urllib.parse
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -94,6 +98,7 @@ SKEW = 30.0  # seconds between our clock and the cluster's that are worth a warn
 
 LEASE, RENEW_DEADLINE, RENEW_EVERY = 15, 10.0, 2.0  # seconds, as Kubernetes' own components
 STUCK = 600.0  # seconds after which a node that has not joined is worth a look: booting takes less
+HUNG = 300.0  # seconds without a sign of life: one AWS call with all its retries may take 200
 
 CONNECTIONS = 32  # kept open to one server: as many as there are workers at the most
 TAGS_PER_SECOND, TAGS_BURST = 10.0, 50.0  # half of EC2's CreateTags bucket (100, refilled 10/s)
@@ -101,6 +106,7 @@ PAGE, PAGES = 500, 1000  # objects a page, as kubectl asks for, and pages that a
 TIMEOUTS = 5.0, 20.0  # seconds to connect, and to wait for more of an answer
 LIST_LIMIT, OBJECT_LIMIT = 64 << 20, 4 << 20  # bytes of an answer that are still believable
 ATTEMPTS = 3  # tries of one call; the next pass is the real retry
+KUBEADM_FILES = ("/etc/kubernetes/bootstrap-kubelet.conf", "/etc/kubernetes/kubelet.conf")  # its own
 MARK_ATTEMPTS = 5  # tries of the mark: about 15 s, since the kubelet may be waiting for our exit
 
 
@@ -839,18 +845,24 @@ class Reply:
 
 
 class Calls:
-    """Counts the calls made, by service and operation, from any thread."""
+    """Counts the calls made, by service, operation and code, from any thread.
+
+    A code is an HTTP status or the error code of an API, "none" when no answer came.  `observer` is
+    told of each call as well.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        self.observer: Callable[[str, str, str], None] = lambda service, operation, code: None
 
-    def add(self, service: str, operation: str) -> None:
+    def add(self, service: str, operation: str, code: str) -> None:
         """Count one call."""
         with self._lock:
-            self._counts[service, operation] += 1
+            self._counts[service, operation, code] += 1
+        self.observer(service, operation, code)
 
-    def take(self) -> collections.Counter[tuple[str, str]]:
+    def take(self) -> collections.Counter[tuple[str, str, str]]:
         """The counts since the last `take`."""
         with self._lock:
             counts, self._counts = self._counts, collections.Counter()
@@ -1353,17 +1365,19 @@ class Cluster:
             headers["Content-Type"] = "application/json"
         if credential.token:
             headers["Authorization"] = f"Bearer {credential.token}"
-        pool = self._pool_for(replace(credential, token=""))
-        self._calls.add("kubernetes", method)
+        pool, code = self._pool_for(replace(credential, token="")), "none"
         try:
             reply = send(
                 pool, what, method, self._base + path, headers=headers, body=content,
                 timeouts=TIMEOUTS, limit=limit,
             )
+            code = str(reply.status)
         except Untrusted as error:
             if "mismatch" not in str(error):
                 raise
             raise Untrusted(f"{error}; it is for {certificate_names(self.access)}") from None
+        finally:
+            self._calls.add("kubernetes", f"{method} {resource_of(path)}", code)
         self._set_clock(reply.headers.get("Date"))
         if reply.status == 401 and isinstance(self.access.credential, ExecPlugin) and not refused:
             return self._send(what, method, path, content, limit, refused=True)
@@ -1428,6 +1442,12 @@ def json_of(reply: Reply) -> Any:
         return json.loads(reply.body)
     except (ValueError, RecursionError):
         return None
+
+
+def resource_of(path: str) -> str:
+    """The kind of thing that a path of the API is about: `secrets`, `leases`, `version`."""
+    rest = re.sub(r"^/(api/[^/]+|apis/[^/]+/[^/]+)(/namespaces/[^/]+)?", "", path.partition("?")[0])
+    return rest.split("/")[1]
 
 
 def dig(body: Any, *keys: str) -> Any:
@@ -1762,10 +1782,12 @@ def aws_client(session: Any, service: str, region: str, calls: Calls) -> Any:
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         raise SetupError(f"AWS {service} in region {region}: {error}") from None
 
-    def count(operation_name: str, **_: Any) -> None:
-        calls.add("aws", operation_name)
+    def count(parsed_response: Any, event_name: str, **_: Any) -> None:
+        status = dig(parsed_response, "ResponseMetadata", "HTTPStatusCode") or "none"
+        code = dig(parsed_response, "Error", "Code") or status
+        calls.add("aws", event_name.rpartition(".")[2], str(code))
 
-    client.meta.events.register("request-created", count)  # once for each attempt
+    client.meta.events.register("response-received", count)  # once for each attempt
     return client
 
 
@@ -2205,11 +2227,16 @@ class GoogleApi:
         def ask(bearer: str) -> Reply:
             if bearer:
                 headers["Authorization"] = f"Bearer {bearer}"
-            self._calls.add("gce", operation)
-            return send(
-                self._pool, what, method, url, headers=headers, timeouts=(TIMEOUTS[0], patience),
-                body=content.encode() if content else None, limit=limit,
-            )
+            code = "none"
+            try:
+                reply = send(
+                    self._pool, what, method, url, headers=headers, timeouts=(TIMEOUTS[0], patience),
+                    body=content.encode() if content else None, limit=limit,
+                )
+                code = str(reply.status)
+                return reply
+            finally:
+                self._calls.add("gce", operation, code)
 
         def once() -> dict[str, Any]:
             used = token or (self.credential() if self.credential else "")
@@ -2740,9 +2767,11 @@ class Server:
     def __init__(
         self, pools: Pools, store: TokenStore, filters: Mapping[str, str], policy: Policy,
         calls: Calls, stop: threading.Event, may_work: Callable[[], bool] = lambda: True,
+        monitor: Monitor | None = None,
     ):
         self._pools, self._store, self._filters, self._policy = pools, store, filters, policy
         self._calls, self._stop, self._may_work = calls, stop, may_work
+        self._monitor = monitor or Monitor(Notify({}))
         self._joins = Joins(store.cluster)
         self._warned: set[str] = set()
 
@@ -2755,6 +2784,7 @@ class Server:
         first = True
         while not self._stop.is_set():
             if not self._may_work():
+                self._monitor.stands_by()
                 self._stop.wait(RENEW_EVERY / 4)
                 continue
             started = time.monotonic()
@@ -2765,17 +2795,29 @@ class Server:
                     raise
                 log.error("pass failed: %s", error)
             first = False
-            self._stop.wait(max(0.0, started + interval - time.monotonic()))
+            self._monitor.started()
+            while (left := started + interval - time.monotonic()) > 0 and not self._stop.is_set():
+                self._stop.wait(min(left, self._monitor.period))
+                self._monitor.beat()
 
     def run_pass(self) -> None:
         """One pass; PassFailed when an action failed, what `observe` raises when it could not see."""
         started = time.monotonic()
         self._calls.take()
-        actions = plan(self.observe(), self._policy)
-        counts = self.apply(actions)
-        log.info("%s", pass_line(actions, counts, self._calls.take(), time.monotonic() - started))
-        if counts["failed"]:
-            raise PassFailed(f"{counts['failed']} of {sum(counts.values())} actions failed, see above")
+        try:
+            world = self.observe()
+            actions = plan(world, self._policy)
+            self._monitor.saw(world, actions)
+            counts = self.apply(actions)
+        except KetoError as error:
+            self._monitor.passed(f"pass failed: {error}", time.monotonic() - started, good=False)
+            raise
+        seconds, failed = time.monotonic() - started, counts["failed"]
+        line = pass_line(actions, counts, self._calls.take(), seconds)
+        log.info("%s", line)
+        self._monitor.passed(line, seconds, good=not failed)
+        if failed:
+            raise PassFailed(f"{failed} of {sum(counts.values())} actions failed, see above")
 
     def observe(self) -> World:
         """All there is to know, in a handful of batched calls.
@@ -2783,9 +2825,12 @@ class Server:
         Secrets are read before nodes: one that another server makes while we look is not seen, and
         so is not taken for one whose node is gone.
         """
+        self._monitor.beat()
         found = self._store.list()
         self._check_clock()
+        self._monitor.beat()
         listing = self._pools.list_nodes(self._filters)
+        self._monitor.beat()
         now = self._store.cluster.now()
         if not listing.nodes:
             self._warn_once("no instance is in any group that matches the filters")
@@ -2827,11 +2872,17 @@ class Server:
         for action in actions:
             if action.kind not in WRITES:
                 log.debug("%s", action_line(action))
+        counts: collections.Counter[str] = collections.Counter()
         with ThreadPoolExecutor(self._pools.workers) as workers:
-            return collections.Counter(workers.map(self._guarded, todo))
+            tasks = {workers.submit(self._guarded, action): action for action in todo}
+            for task in as_completed(tasks):
+                action, result = tasks[task], task.result()
+                counts[action.kind.value if result == "done" else result] += 1
+                self._monitor.acted(action, result)
+        return counts
 
     def _guarded(self, action: Action) -> str:
-        """Carry out one action; whatever happens to it, the others go on."""
+        """Carry out one action, its result in a word; whatever happens to it, the others go on."""
         if self._stop.is_set() or not self._may_work():
             return "left"
         try:
@@ -2846,7 +2897,7 @@ class Server:
             log.exception("%s failed by a bug in keto-tokens", action_line(action))
             return "failed"
         log.info("%s", action_line(replace(action, secret=secret)))
-        return action.kind.value
+        return "done"
 
     def _carry_out(self, action: Action) -> TokenSecret:
         """Do it; the Secret as it is afterwards, or was last."""
@@ -2884,11 +2935,11 @@ def action_line(action: Action) -> str:
 
 def pass_line(
     actions: Sequence[Action], counts: Mapping[str, int],
-    calls: Mapping[tuple[str, str], int], seconds: float,
+    calls: Mapping[tuple[str, str, str], int], seconds: float,
 ) -> str:
     """The one line at the end of a pass: what was seen, what was done, what it cost."""
     by_service: collections.Counter[str] = collections.Counter()
-    for (service, _), number in calls.items():
+    for (service, _, _), number in calls.items():
         by_service[service] += number
     fields = {
         "nodes": sum(not action.node.gone for action in actions),
@@ -3069,25 +3120,285 @@ def cloud_pools(options: argparse.Namespace, calls: Calls, stop: Stop) -> Pools:
 def run_server(options: argparse.Namespace, stop: Stop) -> int:
     """The server command; the exit code."""
     calls = Calls()
-    pools, store = server_parts(options, calls, stop)
-    policy = Policy(options.token_ttl, options.give_up, not options.no_revoke)
-    parts = pools, store, options.filter, policy, calls, stop.event
-    if options.dry_run:
-        for line in plan_lines(plan(Server(*parts).observe(), policy)):
-            print(line)
-    elif options.once:
-        Server(*parts).run_pass()
-    else:
-        server = store.cluster.access.server
-        log.info("started version=%s cluster=%s owner=%s", __version__, server, store.owner)
-        if options.leader_elect:
-            name = f"keto-tokens-{store.owner}"
-            with Leader(store.cluster, options.token_namespace, name) as leader:
-                Server(*parts, leader.leads).run(options.interval)
+    with monitored(options, calls) as monitor:
+        pools, store = server_parts(options, calls, stop)
+        policy = Policy(options.token_ttl, options.give_up, not options.no_revoke)
+        server = functools.partial(
+            Server, pools, store, options.filter, policy, calls, stop.event, monitor=monitor
+        )
+        if options.dry_run:
+            for line in plan_lines(plan(server().observe(), policy)):
+                print(line)
+        elif options.once:
+            server().run_pass()
         else:
-            Server(*parts).run(options.interval)
-        log.info("stopped")
+            where = store.cluster.access.server
+            log.info("started version=%s cluster=%s owner=%s", __version__, where, store.owner)
+            if options.leader_elect:
+                name = lease_name(store.owner)
+                with Leader(store.cluster, options.token_namespace, name) as leader:
+                    server(may_work=leader.leads).run(options.interval)
+            else:
+                server().run(options.interval)
+            log.info("stopped")
     return 0
+
+
+def lease_name(owner: str) -> str:
+    """The Lease for which the servers of one owner compete."""
+    return f"keto-tokens-{owner}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Observers: what systemd, Prometheus and probes are told.  By none of it is anything ever decided.
+# ---------------------------------------------------------------------------------------------
+
+STATES = ("new", "waiting", "joining", "joined", "stuck", "gone", "idle")  # see node_state
+JOIN_BUCKETS = (15, 30, 60, 120, 180, 300, 600, 1200, 1800, 3600, 7200)  # seconds, up to --give-up
+PASS_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1200)  # seconds
+
+
+class Notify:
+    """systemd's notification socket, if the environment names one: sd_notify(3), sd_watchdog_enabled(3)."""
+
+    def __init__(self, environ: Mapping[str, str]):
+        path = environ.get("NOTIFY_SOCKET", "")
+        self._address = f"\0{path[1:]}" if path.startswith("@") else path
+        usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID") or str(os.getpid())
+        watched = re.fullmatch("[0-9]+", usec) and int(usec) and pid == str(os.getpid())
+        self.watchdog = int(usec) / 1e6 if watched else HUNG  # seconds
+
+    def send(self, *assignments: str) -> None:
+        """Send assignments such as READY=1; that nobody takes them is no failure of ours."""
+        if self._address:
+            with contextlib.suppress(OSError):
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+                    channel.settimeout(1.0)
+                    channel.connect(self._address)
+                    channel.send("\n".join(assignments).encode())
+
+
+class Metrics:
+    """The server's metrics in a registry of their own; names and units as Prometheus wants them."""
+
+    def __init__(self, calls: Calls):
+        import prometheus_client as prometheus
+
+        prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]  # of no use here
+        self._registry, self._lock = prometheus.CollectorRegistry(), threading.Lock()
+        self._text = prometheus.generate_latest
+
+        def made(kind: Any, name: str, about: str, *labels: str, **options: Any) -> Any:
+            return kind(f"keto_tokens_{name}", about, labels, registry=self._registry, **options)
+
+        gauge, counter, histogram = prometheus.Gauge, prometheus.Counter, prometheus.Histogram
+        info = {"version": __version__, "python": sys.version.partition(" ")[0]}
+        made(prometheus.Info, "build", "The version that runs.").info(info)
+        self._nodes = made(gauge, "nodes", "Nodes as the last pass found them.", "pool", "state")
+        self._actions = made(counter, "actions", "Actions by what became of them.", "kind", "result")
+        self._passes = made(counter, "passes", "Passes; one is good when all of it went well.", "result")
+        self._seconds = made(histogram, "pass_duration_seconds", "Time a pass took.", buckets=PASS_BUCKETS)
+        self._joins = made(histogram, "join_duration_seconds", "Time from a node's first token to the "
+                           "pass that saw it joined.", buckets=JOIN_BUCKETS)
+        self._expiry = made(gauge, "oldest_waiting_expiration_timestamp_seconds",
+                            "When the token expires that has been waiting longest; 0 when none is.")
+        self._success = made(gauge, "last_success_timestamp_seconds", "End of the last good pass; 0 "
+                             "before the first.")
+        called = made(counter, "api_calls", "Calls of APIs, each attempt; code none: no answer came.",
+                      "service", "operation", "code")
+        calls.observer = lambda *labels: called.labels(*labels).inc()
+        for result in ("done", "failed", "superseded", "left"):
+            for kind in WRITES:
+                self._actions.labels(kind.value, result)
+        for result in ("good", "failed"):
+            self._passes.labels(result)
+
+    def saw(self, found: Sequence[tuple[Row, TokenSecret | None]]) -> None:
+        """The nodes as a pass finds them, with their Secrets."""
+        waiting = [secret for row, secret in found
+                   if secret and row.secret and row.state in ("waiting", "joining", "stuck")]
+        oldest = min(waiting, key=lambda secret: secret.first_issued, default=None)
+        with self._lock:
+            self._nodes.clear()
+            for pool, state in [(row.pool, state) for row, _ in found for state in STATES]:
+                self._nodes.labels(pool, state)
+            for row, _ in found:
+                self._nodes.labels(row.pool, row.state).inc()
+            self._expiry.set(oldest.expires if oldest else 0)
+
+    def acted(self, action: Action, result: str, joined_after: float | None) -> None:
+        """An action, and how long its node took to join when that is what it is about."""
+        self._actions.labels(action.kind.value, result).inc()
+        if joined_after is not None:
+            self._joins.observe(joined_after)
+
+    def passed(self, seconds: float, good: bool) -> None:
+        """The end of a pass."""
+        self._passes.labels("good" if good else "failed").inc()
+        self._seconds.observe(seconds)
+        if good:
+            self._success.set(time.time())
+
+    def text(self) -> bytes:
+        """All of them in Prometheus' text format."""
+        with self._lock:
+            content: bytes = self._text(self._registry)
+            return content
+
+
+class Monitor:
+    """Tells how the server does: to systemd, to Prometheus by a file or over HTTP, and to probes.
+
+    Only the loop of passes gives signs of life, so that one that hangs is found out.  It is `healthy`
+    as long as it gives them, which a restart could mend; `ready` needs a good pass as well, or that
+    another server leads.
+    """
+
+    def __init__(
+        self, notify: Notify, metrics: Metrics | None = None, file: Path | None = None,
+        interval: float = 10.0,
+    ):
+        self._notify, self._metrics, self._file = notify, metrics, file
+        self.period = min(HUNG, notify.watchdog) / 2  # seconds to wait at most between two beats
+        self._fresh = max(60.0, 3 * interval)  # seconds for which a good pass counts
+        self._beaten, self._good = time.monotonic(), float("-inf")
+        self._started, self._status = False, ""
+        self._world: World | None = None
+
+    def beat(self) -> None:
+        """A sign of life; as long as the server starts it also puts off systemd's timeout for that."""
+        self._beaten = time.monotonic()
+        more = () if self._started else (f"EXTEND_TIMEOUT_USEC={HUNG * 1e6:.0f}",)
+        self._notify.send("WATCHDOG=1", *more)
+
+    def started(self) -> None:
+        """The server is up: it has made a pass, or found that another one leads."""
+        if not self._started:
+            self._notify.send("READY=1")
+        self._started = True
+
+    def saw(self, world: World, actions: Iterable[Action]) -> None:
+        """What a pass has found, before it acts."""
+        self._world = world
+        if self._metrics:
+            self._metrics.saw([(row_of(action, world), action.secret) for action in actions])
+
+    def acted(self, action: Action, result: str) -> None:
+        """What became of an action of that pass."""
+        self.beat()
+        secret, world = action.secret, self._world
+        if self._metrics and world:
+            over = result == "done" and action.kind in (Kind.FINISH, Kind.REVOKE) and secret
+            joined = over and world.joins.get(over.name) is Join.JOINED
+            after = world.now - over.first_issued if over and joined else None
+            self._metrics.acted(action, result, after)
+
+    def passed(self, status: str, seconds: float, good: bool) -> None:
+        """The end of a pass, with the line that sums it up."""
+        self._tell(status)
+        if good:
+            self._good = time.monotonic()
+        if self._metrics:
+            self._metrics.passed(seconds, good)
+            self._write(self._metrics)
+
+    def stands_by(self) -> None:
+        """Another server leads, so that is all right; what we saw before is no longer ours to tell."""
+        self._good = time.monotonic()
+        if self._metrics and self._status != "standing by":
+            self._metrics.saw(())
+            self._write(self._metrics)
+        self._tell("standing by")
+        self.started()
+
+    def stopping(self) -> None:
+        """The server ends."""
+        self._notify.send("STOPPING=1")
+
+    def _tell(self, status: str) -> None:
+        if status != self._status:
+            self._notify.send(f"STATUS={redact(' '.join(status.split()))}")
+        self._status = status
+        self.beat()
+
+    def _write(self, metrics: Metrics) -> None:
+        if self._file:
+            try:
+                write_whole(self._file, metrics.text().decode(), mode=0o644)
+            except OSError as error:
+                log.error("metrics not written file=%s: %s", self._file, error.strerror)
+
+    def answer(self, path: str) -> tuple[int, bytes]:
+        """Status and text for a GET of a path."""
+        now = time.monotonic()
+        if path == "/metrics" and self._metrics:
+            return 200, self._metrics.text()
+        if path == "/healthz":
+            healthy = now - self._beaten < HUNG
+            return (200, b"ok\n") if healthy else (503, b"the loop of passes hangs\n")
+        if path == "/readyz":
+            ready = now - self._good < self._fresh
+            return (200, b"ok\n") if ready else (503, b"the last good pass is too long ago\n")
+        return 404, b"/metrics, /healthz, /readyz\n"
+
+
+@contextlib.contextmanager
+def monitored(options: argparse.Namespace, calls: Calls) -> Iterator[Monitor]:
+    """The monitor that the flags ask for, listening while the block lasts."""
+    file = Path(options.metrics_file).absolute() if options.metrics_file else None
+    if file and file.is_dir():
+        raise UsageError(f"--metrics-file: {file} is a folder")
+    if file:
+        path_finding(file)
+    metrics = Metrics(calls) if file or options.metrics_listen else None
+    monitor = Monitor(Notify(os.environ), metrics, file, options.interval)
+    with listening(options.metrics_listen, monitor) if options.metrics_listen else contextlib.nullcontext():
+        try:
+            yield monitor
+        finally:
+            monitor.stopping()
+
+
+@contextlib.contextmanager
+def listening(address: tuple[str, int], monitor: Monitor) -> Iterator[None]:
+    """Answer HTTP at an address, "" for all of this machine's, in a thread of its own."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        """Answers as the monitor says."""
+
+        timeout, server_version, sys_version = 5.0, "keto-tokens", ""
+
+        def do_GET(self) -> None:
+            """Any path."""
+            status, content = monitor.answer(self.path.partition("?")[0])
+            self.send_response(status)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Our log is about nodes."""
+
+    host, port = address
+    shown = f"[{host}]" if ":" in host else host
+    dual = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual or ":" in host else socket.AF_INET
+    server = ThreadingHTTPServer(address, Handler, bind_and_activate=False)
+    server.socket.close()
+    try:
+        server.socket = socket.create_server(address, family=family, dualstack_ipv6=dual)
+    except OSError as error:
+        raise SetupError(f"--metrics-listen: cannot listen at {shown}:{port}: {error.strerror}") from None
+    log.info("metrics listen=%s:%s", shown, server.socket.getsockname()[1])
+    thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def cluster_access(options: argparse.Namespace, environ: Mapping[str, str]) -> Access:
@@ -3177,6 +3488,12 @@ def status_row(action: Action, join: Join, now: float) -> Row:
     )
 
 
+def row_of(action: Action, world: World) -> Row:
+    """The state of the node of an action that was planned for this world."""
+    name = action.secret.name if action.secret else ""
+    return status_row(action, world.joins.get(name, Join.NO_CSR), world.now)
+
+
 def node_state(node: Node, secret: TokenSecret | None, join: Join, now: float) -> tuple[str, str]:
     """The state of a node that is served, and what is likely to be behind it.
 
@@ -3238,11 +3555,7 @@ def table(rows: Sequence[Row], wide: bool, colour: bool) -> Iterator[str]:
 def status_rows(server: Server, policy: Policy, node_id: str) -> list[Row]:
     """The rows of all nodes, by pool and id, or of the one."""
     world = server.observe()
-    rows = [
-        status_row(action, world.joins.get(action.secret.name if action.secret else "", Join.NO_CSR),
-                   world.now)
-        for action in plan(world, policy)
-    ]
+    rows = [row_of(action, world) for action in plan(world, policy)]
     return sorted(
         (row for row in rows if node_id in ("", row.node, *row.node.split("/"))),
         key=lambda row: (row.pool, row.node),
@@ -3386,13 +3699,17 @@ def certificate_names(access: Access) -> str:
 
 
 class Client:
-    """Waits for this instance's token and turns it into a kubeconfig at `path`."""
+    """Waits for this instance's token and turns it into a kubeconfig at `path`.
+
+    With `join_config` it also writes what `kubeadm join --config` takes there.
+    """
 
     def __init__(
-        self, instance: Instance, trust: Callable[[Token], Access], path: Path, *, tag_name: str,
-        interval: float, timeout: float, stop: Stop,
+        self, instance: Instance, trust: Callable[[Token], Access], path: Path,
+        join_config: Path | None = None, *, tag_name: str, interval: float, timeout: float, stop: Stop,
     ):
         self._instance, self._trust, self._path, self._stop = instance, trust, path, stop
+        self._join_config = join_config
         self._tag_name, self._interval, self._timeout = tag_name, interval, timeout
         self._deadline = time.monotonic() + timeout if timeout else float("inf")
         self._told = ""
@@ -3439,18 +3756,20 @@ class Client:
             log.warning("%s is not there; to get a new token, delete the tag", self._path)
 
     def _consume(self, access: Access, token: Token, node_id: str) -> None:
-        text = bootstrap_kubeconfig(access, token)
-        try:
-            changed = write_whole(self._path, text)
-        except OSError as error:
-            why = f"{error.filename}: {error.strerror}"
-            raise SetupError(f"cannot write {self._path}: {why}; run again") from None
-        log.info(
-            "%s kubeconfig=%s node=%s token_id=%s",
-            "written" if changed else "unchanged", self._path, node_id, token.id,
-        )
+        self._write("kubeconfig", self._path, bootstrap_kubeconfig(access, token), node_id, token)
+        if self._join_config:
+            text = join_configuration(self._path)
+            self._write("join_config", self._join_config, text, node_id, token)
         self._mark(node_id, token)
         log.info("consumed node=%s tag=%s token_id=%s", node_id, self._tag_name, token.id)
+
+    def _write(self, what: str, path: Path, text: str, node_id: str, token: Token) -> None:
+        try:
+            said = "written" if write_whole(path, text) else "unchanged"
+        except OSError as error:
+            why = f"{error.filename}: {error.strerror}"
+            raise SetupError(f"cannot write {path}: {why}; run again") from None
+        log.info("%s %s=%s node=%s token_id=%s", said, what, path, node_id, token.id)
 
     def _mark(self, node_id: str, token: Token) -> None:
         """Mark the tag, with patience: a new role's rights can take a while to be known."""
@@ -3538,8 +3857,27 @@ def bootstrap_kubeconfig(access: Access, token: Token) -> str:
     return text
 
 
-def write_whole(path: Path, text: str) -> bool:
-    """Replace a file in one step, mode 0600; False when it holds just that already.
+def join_configuration(kubeconfig: Path) -> str:
+    """What `kubeadm join --config` takes: discovery by the bootstrap kubeconfig.
+
+    kubeadm joins with the credential in that file, so the token does not have to stand here as well
+    (cmd/kubeadm/app/discovery, since 1.15).  How the node registers is left to kubeadm's defaults.
+    """
+    import yaml
+
+    text: str = yaml.safe_dump(
+        {
+            "apiVersion": "kubeadm.k8s.io/v1beta4",
+            "kind": "JoinConfiguration",
+            "discovery": {"file": {"kubeConfigPath": str(kubeconfig)}},
+        },
+        sort_keys=False, width=1 << 20,
+    )
+    return text
+
+
+def write_whole(path: Path, text: str, mode: int = 0o600) -> bool:
+    """Replace a file in one step; False when it holds just that already.
 
     Whoever reads it sees the old file or the new one, also after a power cut.  A file that a killed
     run left behind is cleared: it is nobody's when nobody holds its lock.
@@ -3551,12 +3889,14 @@ def write_whole(path: Path, text: str) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
     with contextlib.suppress(OSError, ValueError):
-        if path.read_text() == text and path.stat().st_mode & 0o777 == 0o600:
+        if path.read_text() == text and path.stat().st_mode & 0o777 == mode:
             return False
     descriptor, temporary = tempfile.mkstemp(prefix=prefix, dir=path.parent)  # mode 0600
     with open(descriptor, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
+            if mode != 0o600:
+                os.fchmod(descriptor, mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -3586,12 +3926,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def client_path(options: argparse.Namespace) -> Path:
-    """Where the kubeconfig is to be written."""
+def client_paths(options: argparse.Namespace) -> list[Path]:
+    """Where the kubeconfig is to be written, and kubeadm's JoinConfiguration if it is wanted."""
     path = Path(options.kubeconfig).absolute()
-    if path.is_dir():
-        raise UsageError(f"--kubeconfig: {path} is a folder")
-    return path
+    beside = Path(options.join_config or path.parent / "kubeadm-join.yaml").absolute()
+    paths = {"--kubeconfig": path, "--join-config": beside}
+    if options.format != "kubeadm":
+        del paths["--join-config"]
+    elif path == beside:
+        raise UsageError("--kubeconfig and --join-config are two files")
+    for name, each in paths.items():
+        if each.is_dir():
+            raise UsageError(f"{name}: {each} is a folder")
+    return [*paths.values()]
 
 
 def client_trust(options: argparse.Namespace, stop: Stop) -> Callable[[Token], Access]:
@@ -3620,11 +3967,11 @@ def this_instance(options: argparse.Namespace, stop: Stop) -> Instance:
 
 def run_client(options: argparse.Namespace, stop: Stop) -> int:
     """The client command; the exit code."""
-    path, trust = client_path(options), client_trust(options, stop)
+    paths, trust = client_paths(options), client_trust(options, stop)
     client = Client(
         this_instance(options, stop),
         trust,
-        path,
+        *paths,
         tag_name=options.tag_name,
         interval=options.interval,
         timeout=options.timeout,
@@ -3782,8 +4129,10 @@ def _live_token(cluster: Cluster, options: argparse.Namespace, scope: str) -> To
 
 def check_client(look: Preflight, options: argparse.Namespace, stop: Stop) -> None:
     """All that the client needs."""
-    path, trust = client_path(options), client_trust(options, stop)
+    (path, *others), trust = client_paths(options), client_trust(options, stop)
     look.step("kubeconfig", lambda: path_finding(path))
+    for other in others:
+        look.step("join config", functools.partial(path_finding, other))
     instance = this_instance(options, stop)
     for subject, call in instance.checks():
         look.step(subject, call)
@@ -3830,6 +4179,535 @@ def run_check(options: argparse.Namespace, stop: Stop) -> int:
     for finding in look.findings if options.output != "json" else ():
         print(f"{finding['level']:<5} {finding['subject']:<{width}}  {finding['text']}")
     return int(any(finding["level"] == "FAIL" for finding in look.findings))
+
+
+# ---------------------------------------------------------------------------------------------
+# Generate: ready files for those who run it, from the flags that they are to run with
+# ---------------------------------------------------------------------------------------------
+
+SCOPE_FLAGS = {"aws": "region", "gce": "project"}  # the flag that says what Pools.scope will be
+METRICS_PORT = 9115
+
+SANDBOX = """\
+# The file unpacks itself there.
+CacheDirectory=keto-tokens
+CacheDirectoryMode=0700
+NoNewPrivileges=yes
+ProtectSystem=strict
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProcSubset=pid
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+"""
+
+SYSTEMD_SERVER = f"""\
+# /etc/systemd/system/keto-tokens.service
+[Unit]
+Description=Bootstrap tokens for new Kubernetes nodes
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+ExecStart=@COMMAND@
+@KIND@
+# A wrong flag is not mended by a restart.
+RestartPreventExitStatus=2
+@CREDENTIALS@
+@USER@
+ProtectHome=yes
+UMask=0077
+{SANDBOX}
+@INSTALL@
+"""
+STAYING = """\
+# Up after its first pass; `systemctl status` shows what the last one did.  The loop of passes itself
+# gives signs of life, before each step and after each action, so one that hangs is restarted: a call
+# to AWS with all its retries may take 200 s.
+Type=notify
+WatchdogSec=5min
+TimeoutStartSec=5min
+Restart=always
+RestartSec=5"""
+ONE_PASS = """\
+# A pass each time keto-tokens.timer says so; as long as it runs, no other one is started.
+Type=oneshot
+TimeoutStartSec=1h"""
+NOBODY = """\
+# A user that is there only while it runs, with no power at all.
+DynamicUser=yes
+PrivateUsers=yes
+CapabilityBoundingSet="""
+ROOT_ALONE = """\
+# root, since the metrics go where others may not write, but with none of its other powers.
+CapabilityBoundingSet=CAP_DAC_OVERRIDE
+ReadWritePaths="""
+
+SYSTEMD_CLIENT = f"""\
+# /etc/systemd/system/keto-tokens-client.service
+[Unit]
+Description=Bootstrap credential for the kubelet
+# Nothing is to be done where the kubelet has a credential of its own.
+ConditionPathExists=!/etc/kubernetes/kubelet.conf
+Wants=network-online.target
+After=network-online.target
+@BEFORE@
+# It is tried until it succeeds.
+StartLimitIntervalSec=0
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+@FOLDERS@
+ExecStart=@COMMAND@
+@JOIN@
+Restart=on-failure
+RestartSec=5
+RestartPreventExitStatus=2
+# root, since the kubelet reads what is written as root, but with none of its other powers.
+CapabilityBoundingSet=CAP_DAC_OVERRIDE
+ReadWritePaths=@WRITES@
+ProtectHome=read-only
+{SANDBOX}
+[Install]
+WantedBy=@WANTED@
+"""
+
+SYSTEMD_TIMER = """\
+# /etc/systemd/system/keto-tokens.timer, for the service that this makes:
+#   @SERVICE@
+[Unit]
+Description=Passes of keto-tokens
+
+[Timer]
+OnActiveSec=0
+# From the end of a pass to the start of the next one.
+OnUnitInactiveSec=@INTERVAL@
+AccuracySec=1s
+
+[Install]
+WantedBy=timers.target
+"""
+
+CRON = """\
+# /etc/cron.d/keto-tokens: a pass a minute, none while the last one still runs.  What it says goes to
+# syslog; what a pass could not do is done by the next.
+SHELL=/bin/sh
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+* * * * * root flock -n /run/keto-tokens.lock @COMMAND@ 2>&1 | logger -t keto-tokens
+"""
+
+RBAC = """\
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: keto-tokens, namespace: @NS@}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: keto-tokens, namespace: @NS@}
+rules:
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [list, get, create, update, delete]
+@LEASES@
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: keto-tokens, namespace: @NS@}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: keto-tokens}
+subjects:
+- {kind: ServiceAccount, name: keto-tokens, namespace: @NS@}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: keto-tokens}
+rules:  # to see that a node has joined; without them tokens are left to expire
+- apiGroups: [certificates.k8s.io]
+  resources: [certificatesigningrequests]
+  verbs: [list]
+- apiGroups: [""]
+  resources: [nodes]
+  verbs: [get]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: keto-tokens}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: keto-tokens}
+subjects:
+- {kind: ServiceAccount, name: keto-tokens, namespace: @NS@}
+"""
+LEASES = """\
+- apiGroups: [coordination.k8s.io]  # for --leader-elect
+  resources: [leases]
+  verbs: [get, create, update]"""
+NAMED_LEASES = """\
+- apiGroups: [coordination.k8s.io]  # for --leader-elect: the Lease of servers with these flags
+  resources: [leases]
+  resourceNames: [@NAME@]
+  verbs: [get, update]
+- apiGroups: [coordination.k8s.io]  # what is created has no name yet that could be asked for
+  resources: [leases]
+  verbs: [create]"""
+
+DEPLOYMENT = """\
+# What this may do in the cluster comes from `keto-tokens generate rbac`.
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: keto-tokens, namespace: @NS@, labels: {app: keto-tokens}}
+spec:
+  replicas: @REPLICAS@
+  selector: {matchLabels: {app: keto-tokens}}
+  template:
+    metadata: {labels: {app: keto-tokens}}
+    spec:
+      serviceAccountName: keto-tokens
+      priorityClassName: system-cluster-critical
+      # The file is mounted from the host, so it has to be on the hosts of the control plane.  Where the
+      # cloud's credentials are the host's role, its metadata service needs a hop limit of 2.
+      nodeSelector: {node-role.kubernetes.io/control-plane: ""}
+      tolerations:
+      - {key: node-role.kubernetes.io/control-plane, effect: NoSchedule}
+      securityContext:
+        {runAsNonRoot: true, runAsUser: 65534, runAsGroup: 65534, seccompProfile: {type: RuntimeDefault}}
+      containers:
+      - name: keto-tokens
+        image: @IMAGE@  # any with a python3 of 3.10 or newer
+        command: [python3, @PATH@]
+        args:
+        @ARGS@
+        env:
+        - {name: SHIV_ROOT, value: /cache}  # where the file unpacks itself
+        ports:
+        - {name: metrics, containerPort: @PORT@}
+        # A loop of passes that hangs is restarted; one whose passes fail is not ready.
+        livenessProbe: {httpGet: {path: /healthz, port: metrics}, periodSeconds: 30, timeoutSeconds: 5}
+        readinessProbe: {httpGet: {path: /readyz, port: metrics}, timeoutSeconds: 5}
+        resources: {requests: {cpu: 20m, memory: 64Mi}, limits: {memory: 256Mi}}
+        securityContext:
+          {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL]}}
+        volumeMounts:
+        - {name: program, mountPath: @PATH@, readOnly: true}
+        - {name: cache, mountPath: /cache}
+      volumes:
+      - {name: program, hostPath: {path: @PATH@, type: File}}
+      - {name: cache, emptyDir: {}}
+"""
+
+GCE_ROLE = """\
+# gcloud iam roles create ketoTokens --project PROJECT --file FILE
+# setMetadata on a node that runs as a service account also takes iam.serviceAccounts.actAs on that
+# account: grant roles/iam.serviceAccountUser on the nodes' accounts, not in the project.
+title: keto-tokens server
+description: Finds instances, leaves bootstrap tokens in their metadata, reads their guest attributes
+stage: GA
+includedPermissions:
+@PERMISSIONS@
+"""
+
+
+class Verbatim(str):
+    """A word in which systemd is to put in a variable."""
+
+
+def fill(template: str, **values: str) -> str:
+    """The template with each @NAME@ replaced by its value; a line with an empty one is left out."""
+    lines = []
+    for line in template.splitlines():
+        if all(values[name] for name in re.findall("@([A-Z]+)@", line)):
+            lines.append(re.sub("@([A-Z]+)@", lambda match: values[match[1]], line))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def invocation(options: argparse.Namespace, **instead: Any) -> list[list[str]]:
+    """The flags that were given, each as its words; `instead` are values in place of theirs.
+
+    They are parsed as they will be, so that nothing is generated that is refused when it runs.
+    """
+    role = GENERATES[options.role].role
+    values = {**vars(options), **instead}
+    words: list[list[str]] = []
+    for flag in [*GLOBAL_FLAGS, *COMMANDS[role].flags]:
+        value = values[flag.dest]
+        if flag.boolean:
+            words += [[f"--{flag.name}"]] * value
+        elif value and not (flag in GLOBAL_FLAGS and value == flag.default):
+            words += [flag_words(flag, text) for text in (value if flag.repeat else [value])]
+    parse_options([role, *(word for each in words for word in each)], {})
+    return words
+
+
+def flag_words(flag: Flag, text: str) -> list[str]:
+    """A flag with its value, as words of a command; UsageError where it cannot stand in a file."""
+    if flag.name == "kube-token":
+        raise UsageError("--kube-token: nothing secret is generated; pass --kube-token-file")
+    if not text.isprintable():
+        raise UsageError(f"--{flag.name}: {text!r} has characters that cannot stand in a file")
+    if flag.metavar == "FILE" and not text.startswith(("/", "${")):
+        raise UsageError(f"--{flag.name}: {text!r} is relative, but to what? Pass an absolute path")
+    if text.startswith("-"):
+        return [f"--{flag.name}={text}"]
+    return [f"--{flag.name}", text]
+
+
+def server_invocation(options: argparse.Namespace, **instead: Any) -> list[list[str]]:
+    """The server's flags, for a host, where a cluster has to be named."""
+    if not options.kubeconfig and not (options.master and options.kube_token_file):
+        invocation(options, **instead)  # what else is wrong comes first
+        raise UsageError("which cluster? Pass --kubeconfig, or --master and --kube-token-file")
+    return invocation(options, **instead)
+
+
+def unit_word(text: str) -> str:
+    """A word of a command in a unit: systemd.service(5), "Command lines"."""
+    if isinstance(text, Verbatim) or re.fullmatch(r"[\w@+=:,./-]+", text, re.ASCII):
+        return text
+    for special, escaped in ("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$"):
+        text = text.replace(special, escaped)
+    return f'"{text}"'
+
+
+def unit_path(text: str) -> str:
+    """A path as the value of a setting, where systemd knows no escapes but that of `%`."""
+    if re.search(r"[\\\"']", text) or text != text.strip():
+        raise UsageError(f"{text!r} cannot stand in a unit: no quotes, backslashes, spaces at its ends")
+    return os.path.normpath(text).replace("%", "%%")
+
+
+def unit_command(options: argparse.Namespace, words: Iterable[Iterable[str]]) -> str:
+    """An ExecStart= of the program, a flag on each line."""
+    role = GENERATES[options.role].role
+    lines = [f"{options.path} {role}", *(" ".join(map(unit_word, each)) for each in words)]
+    return " \\\n    ".join(lines)
+
+
+def cron_word(text: str) -> str:
+    """A word for a crontab's shell: crontab(5), where `%` ends the command unless it is escaped."""
+    return "\\%".join(part and shlex.quote(part) for part in text.split("%"))
+
+
+def pod_word(text: str) -> str:
+    """An argument of a container as YAML; `$(NAME)` would be replaced by a variable."""
+    return json.dumps(text.replace("$", "$$"), ensure_ascii=False)
+
+
+def systemd_server(options: argparse.Namespace) -> str:
+    """The server as a service, or a pass of it for a timer to start."""
+    files = {name: vars(options)[name] for name in ("kubeconfig", "ca_path", "kube_token_file")}
+    server_invocation(options)
+    copies = {name: Verbatim(f"${{CREDENTIALS_DIRECTORY}}/{name}") for name in files if files[name]}
+    credentials = [f"LoadCredential={name}:{unit_path(files[name])}" for name in copies]
+    if credentials:
+        credentials.insert(0, "# Read by root and handed to the service, so restart it when they change.")
+    written = options.metrics_file and unit_path(os.path.dirname(options.metrics_file))
+    return fill(
+        SYSTEMD_SERVER,
+        COMMAND=unit_command(options, server_invocation(options, **copies)),
+        KIND=ONE_PASS if options.once else STAYING,
+        CREDENTIALS="\n".join(credentials),
+        USER=f'{ROOT_ALONE}"{written}"' if written else NOBODY,
+        INSTALL="" if options.once else "[Install]\nWantedBy=multi-user.target",
+    )
+
+
+def systemd_timer(options: argparse.Namespace) -> str:
+    """The timer of a service that makes one pass."""
+    words = server_invocation(options, once=True, interval="")
+    flags = [word for each in words for word in each]
+    if options.path != _PATH.default:
+        flags += ["--path", options.path]
+    seconds = max(1, round(parse_duration(options.interval or "1m")))
+    return fill(
+        SYSTEMD_TIMER,
+        INTERVAL=f"{seconds}s",
+        SERVICE=f"keto-tokens generate systemd-server {shlex.join(flags)} > keto-tokens.service",
+    )
+
+
+def cron(options: argparse.Namespace) -> str:
+    """A pass a minute."""
+    words = [word for each in server_invocation(options, once=True, interval="") for word in each]
+    line = fill(CRON, COMMAND=" ".join([options.path, "server", *map(cron_word, words)]))
+    if len(line.splitlines()[-1].encode()) > 998:  # Debian's cron
+        raise UsageError("that does not fit into a crontab's line of 998 bytes")
+    return line
+
+
+def client_files(options: argparse.Namespace) -> tuple[dict[str, str], str]:
+    """The files that the client is to write, by their options; the command that follows it."""
+    if options.format != "kubeadm":
+        path = options.kubeconfig or KUBEADM_FILES[0]
+        return {"kubeconfig": path}, "systemctl start kubelet"
+    path = options.kubeconfig or "/etc/kubernetes/bootstrap-keto-tokens.conf"
+    joins = options.join_config or f"{os.path.dirname(path)}/kubeadm-join.yaml"
+    return {"kubeconfig": path, "join_config": joins}, f"kubeadm join --config {shlex.quote(joins)}"
+
+
+def systemd_client(options: argparse.Namespace) -> str:
+    """The client as a service that is through before the kubelet starts.
+
+    Not so for kubeadm, which starts the kubelet itself, and would wait for us who wait for it.
+    """
+    files, _ = client_files(options)
+    command = unit_command(options, invocation(options, **files))
+    folders = list(dict.fromkeys(unit_path(os.path.dirname(path)) for path in files.values()))
+    joins = files.get("join_config")
+    return fill(
+        SYSTEMD_CLIENT,
+        BEFORE="" if joins else "Before=kubelet.service",
+        FOLDERS="\n".join(f'ExecStartPre=+/bin/mkdir -p "{folder.replace("$", "$$")}"' for folder in folders),
+        COMMAND=command,
+        JOIN=f"ExecStartPost=+/usr/bin/env kubeadm join --config {unit_word(joins)}" if joins else "",
+        WRITES=" ".join(f'"{folder}"' for folder in folders),
+        WANTED="multi-user.target" if joins else "multi-user.target kubelet.service",
+    )
+
+
+def userdata(options: argparse.Namespace) -> str:
+    """What cloud-init runs on a new node: it fetches the file, checks it, and uses it."""
+    files, after = client_files(options)
+    words = [word for each in invocation(options, **files) for word in each]
+    if not options.url:
+        raise UsageError("--url: from where are nodes to download the file?")
+    new = f"{options.path}.new"
+    line = " && ".join([
+        f"curl -fsSL --retry 10 --retry-connrefused -o {new} {shlex.quote(options.url)}",
+        f"echo '{options.sha256 or own_sha256()}  {new}' | sha256sum -c -",
+        f"chmod 755 {new}",
+        f"mv {new} {options.path}",
+        shlex.join([options.path, "client", *words]),
+        after,
+    ])
+    if options.shell:
+        return f"#!/bin/sh\n{line}\n"
+    return f"#cloud-config\nruncmd:\n- {json.dumps(line, ensure_ascii=False)}\n"
+
+
+def own_sha256() -> str:
+    """The SHA-256 of the file that this program was started from."""
+    if not zipfile.is_zipfile(sys.argv[0]):
+        raise UsageError("--sha256: of the file at --url; it is known only when that file generates")
+    return hashlib.sha256(Path(sys.argv[0]).read_bytes()).hexdigest()
+
+
+def iam_policy(*statements: Mapping[str, Any]) -> str:
+    """A policy of these statements."""
+    return json.dumps({"Version": "2012-10-17", "Statement": statements}, indent=2) + "\n"
+
+
+def iam_literal(text: str) -> str:
+    """A text for the value of a condition, in which `${` begins a policy variable."""
+    return text.replace("$", "${$}")
+
+
+def iam_tagging(options: argparse.Namespace, sid: str, **conditions: Any) -> dict[str, Any]:
+    """A statement that allows to set our tag, and no other, on instances."""
+    tag = iam_literal(options.tag_name or _TAG.default)
+    return {
+        "Sid": sid,
+        "Effect": "Allow",
+        "Action": "ec2:CreateTags",
+        "Resource": f"arn:aws:ec2:*:{options.account}:instance/*",
+        "Condition": {
+            **conditions,
+            "ForAllValues:StringEquals": {"aws:TagKeys": [tag]},
+            "Null": {"aws:TagKeys": "false"},
+        },
+    }
+
+
+def iam_server(options: argparse.Namespace) -> str:
+    """The policy for the role of the machines that the server runs on."""
+    checked_anywhere(options)
+    actions = ["autoscaling:DescribeAutoScalingGroups", "ec2:DescribeTags"]
+    find = {"Sid": "FindNodes", "Effect": "Allow", "Action": actions, "Resource": "*"}
+    return iam_policy(find, iam_tagging(options, "LeaveTokens"))
+
+
+def iam_client(options: argparse.Namespace) -> str:
+    """The policy for the role of the nodes: `Success` into our tag of themselves, and to read it."""
+    checked_anywhere(options)
+    read = {"Sid": "ReadTag", "Effect": "Allow", "Action": "ec2:DescribeTags", "Resource": "*"}
+    itself = f"arn:aws:ec2:*:{options.account}:instance/${{ec2:InstanceID}}"
+    mark = iam_tagging(
+        options, "MarkOwnTag", ArnLike={"ec2:SourceInstanceARN": itself},
+        StringEquals={f"aws:RequestTag/{options.tag_name or _TAG.default}": CONSUMED},
+    )
+    return iam_policy(mark) if options.read_from == "imds" else iam_policy(read, mark)
+
+
+def gce_role(options: argparse.Namespace) -> str:
+    """The role for the service account that the server runs as."""
+    return fill(GCE_ROLE, PERMISSIONS="\n".join(f"- {name}" for name in GCE_PERMISSIONS))
+
+
+def checked_anywhere(options: argparse.Namespace) -> argparse.Namespace:
+    """The flags as the role parses them, for what is the same whichever groups it serves."""
+    role = GENERATES[options.role].role
+    everything = role == "server" and not (options.filter or options.all_groups)
+    words = invocation(options, **{"all_groups": True} if everything else {})
+    parsed = parse_options([role, *(word for each in words for word in each)], {})
+    if parsed is None:
+        raise AssertionError("help was asked for")
+    return parsed
+
+
+def rbac(options: argparse.Namespace) -> str:
+    """What the server may do in the cluster, for a service account.
+
+    With --leader-elect it needs a Lease, whose name is known when the owner is: see `owner_hash`.
+    """
+    parsed = checked_anywhere(options)
+    scope = vars(options).get(SCOPE_FLAGS.get(parsed.cloud, ""), "")
+    known = scope and (options.filter or options.all_groups)
+    name = lease_name(owner_hash(parsed.cloud, scope, parsed.tag_name, parsed.filter))
+    leases = NAMED_LEASES.replace("@NAME@", name) if known else LEASES
+    return fill(RBAC, NS=yaml_name(parsed.token_namespace), LEASES=leases if options.leader_elect else "")
+
+
+def yaml_name(namespace: str) -> str:
+    """A namespace for YAML, where some names mean something else: `on`, `1e3`."""
+    return namespace if namespace == READ_NAMESPACE else json.dumps(namespace)
+
+
+def deployment(options: argparse.Namespace) -> str:
+    """The server as a pod, with its service account; any number of them may run."""
+    for name in ("master", "kubeconfig", "ca_path", "kube_token_file", "context", "metrics_file"):
+        if vars(options)[name]:
+            raise UsageError(f"--{name.replace('_', '-')}: a pod has its service account, and no such file")
+    listen = options.metrics_listen or f":{METRICS_PORT}"
+    host, port = parse_listen(listen)
+    if host not in ("", "0.0.0.0", "::") or not port:
+        raise UsageError("--metrics-listen: the probes of a pod need :PORT")
+    words = [word for each in invocation(options, metrics_listen=listen) for word in each]
+    namespace = options.token_namespace or READ_NAMESPACE
+    return fill(
+        DEPLOYMENT, NS=yaml_name(namespace), REPLICAS="2" if options.leader_elect else "1",
+        IMAGE=json.dumps(options.image), PATH=options.path, PORT=str(port),
+        ARGS="\n        ".join(f"- {pod_word(word)}" for word in ["server", *words]),
+    )
+
+
+def run_generate(
+    make: Callable[[argparse.Namespace], str], options: argparse.Namespace, stop: Stop
+) -> int:
+    """A generate command: print what was made."""
+    print(make(options), end="")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3908,6 +4786,35 @@ def parse_url(text: str) -> str:
         shown = re.sub(r".*@", "...@", redact(text), flags=re.DOTALL)  # it may be a password
         raise ValueError(f"{shown!r} is not a URL such as https://api.example.com:6443")
     return text.rstrip("/")
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """`ADDR:PORT`, `:PORT` or `[IPv6]:PORT` as (address, port)."""
+    match = re.fullmatch(r"(\[([0-9a-fA-F:.]+)\]|[A-Za-z0-9.-]*):([0-9]{1,5})", text)
+    if not match or int(match[3]) > 65535:
+        raise ValueError(f"{text!r} is not ADDR:PORT, such as 127.0.0.1:9115, :9115 or [::1]:9115")
+    return match[2] or match[1], int(match[3])
+
+
+def parse_program(text: str) -> str:
+    """A path that needs no quotes anywhere."""
+    if not re.fullmatch(r"(/[A-Za-z0-9._+-]+)+", text):
+        raise ValueError(f"{text!r} is not an absolute path of letters, digits and . _ + -")
+    return text
+
+
+def parse_account(text: str) -> str:
+    """The number of an AWS account."""
+    if not re.fullmatch("[0-9]{12}", text):
+        raise ValueError(f"{text!r} is not the 12 digits of an account")
+    return text
+
+
+def parse_sha256(text: str) -> str:
+    """A SHA-256 in hex."""
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise ValueError(f"{text!r} is not 64 hex digits")
+    return text.lower()
 
 
 def parse_groups(text: str) -> str:
@@ -3989,6 +4896,16 @@ class Flag:
         default = f" (default: {self.default})" if self.default else ""
         return f"{self.help}{env}{default}"
 
+    def literal(self) -> Flag:
+        """The same for generate: its value is the text that was given, "" for none."""
+
+        def text_of(text: str) -> str:
+            self.parse(text)
+            return text
+
+        kept = parse_bool if self.boolean else text_of
+        return replace(self, help=self.describe(), env=(), parse=kept, default="")
+
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Declare the flag; its value is only there when it was given."""
         names = [self.short] * bool(self.short) + [f"--{self.name}"]
@@ -4068,6 +4985,10 @@ SERVER_FLAGS = [
     Flag("interval", "time from pass to pass", ("INTERVAL",), positive_duration, "10s", "DURATION"),
     Flag("once", "make one pass and exit, 4 when a part of it failed", (), parse_bool),
     Flag("dry-run", "print what a pass would do, and do nothing", (), parse_bool),
+    Flag("metrics-file", "write metrics there after each pass, for node_exporter's textfile collector",
+         ("METRICS_FILE",), metavar="FILE"),
+    Flag("metrics-listen", "answer /metrics, /healthz and /readyz there; nothing listens without it",
+         ("METRICS_LISTEN",), parse_listen, metavar="ADDR:PORT"),
 ]
 
 STATUS_FLAGS = [
@@ -4090,6 +5011,10 @@ CLIENT_FLAGS = [
     Flag("kubeconfig", "bootstrap kubeconfig to write", ("KUBECONFIG",), str,
          "kubeconfig-bootstrap", "FILE"),
     _TAG,
+    Flag("format", "kubeconfig; or kubeadm: with what `kubeadm join` takes as its config beside it",
+         (), one_of("kubeconfig", "kubeadm"), "kubeconfig", "FORMAT"),
+    Flag("join-config", "where that is written; else kubeadm-join.yaml beside the kubeconfig",
+         metavar="FILE"),
     Flag("read-from", "where to read the tag: imds (instance metadata, no right needed), api, or auto",
          ("READ_FROM",), one_of("auto", "imds", "api"), "auto", "SOURCE"),
     Flag("interval", "time from look to look", ("INTERVAL",), positive_duration, "5s", "DURATION"),
@@ -4100,7 +5025,7 @@ CLIENT_FLAGS = [
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the program.  `role` is that of a check."""
+    """A command of the program.  `role` is the one that a check or generate is about."""
 
     run: Callable[[argparse.Namespace, Stop], int]
     flags: list[Flag]
@@ -4121,7 +5046,7 @@ COMMANDS = {
     "client": Command(
         run_client, CLIENT_FLAGS, "take this node's token and write the bootstrap kubeconfig",
         "keto-tokens client --master https://api:6443 --ca-path /etc/kubernetes/ca.crt "
-        "\\\n      --kubeconfig /etc/kubernetes/bootstrap-kubelet.conf",
+        "--kubeconfig /etc/kubernetes/bootstrap-kubelet.conf",
     ),
 }
 _OUTPUT = Flag("output", "json", parse=one_of("json"), metavar="FORMAT", short="-o")
@@ -4132,6 +5057,58 @@ CHECKS = {
         f"keto-tokens check {COMMANDS[role].example.removeprefix('keto-tokens ')}", role,
     )
     for role in ("server", "client")
+}
+
+
+_PATH = Flag("path", "where the file is installed", parse=parse_program, metavar="FILE",
+             default="/usr/local/bin/keto-tokens")
+_ACCOUNT = Flag("account", "AWS account of the instances", parse=parse_account, metavar="ID",
+                default="111122223333")
+_USERDATA = [
+    Flag("url", "where nodes download the file", parse=parse_url, metavar="URL"),
+    Flag("sha256", "what it must be; else that of the file that generates", parse=parse_sha256,
+         metavar="HEX"),
+    Flag("shell", "a shell script instead of cloud-init's YAML", parse=parse_bool),
+]
+_IMAGE = Flag("image", "any image with Python", default="python:3.14-slim", metavar="NAME")
+
+
+def _generated(
+    make: Callable[[argparse.Namespace], str], role: str, help: str, given: str, *own: Flag
+) -> Command:
+    """A generate command: it takes the flags of its role, and its own."""
+    what = make.__name__.replace("_", "-")
+    flags = [*(flag.literal() for flag in COMMANDS[role].flags), *own]
+    example = f"keto-tokens generate {what} {given}".rstrip()
+    return Command(functools.partial(run_generate, make), flags, help, example, role)
+
+
+_HOST = "--filter Role=compute --kubeconfig /etc/kubernetes/admin.conf"
+_NODE = "--master https://api:6443 --ca-path /etc/kubernetes/ca.crt"
+GENERATES = {
+    command.example.split()[2]: command
+    for command in [
+        _generated(systemd_server, "server", "a unit for the server; with --once, for a timer",
+                   f"{_HOST} > /etc/systemd/system/keto-tokens.service", _PATH),
+        _generated(systemd_client, "client", "a unit for the client, before the kubelet's",
+                   f"{_NODE} > /etc/systemd/system/keto-tokens-client.service", _PATH),
+        _generated(systemd_timer, "server", "a timer for systemd-server --once",
+                   f"{_HOST} > /etc/systemd/system/keto-tokens.timer", _PATH),
+        _generated(cron, "server", "a file for /etc/cron.d", f"{_HOST} > /etc/cron.d/keto-tokens", _PATH),
+        _generated(userdata, "client", "userdata for new nodes, by cloud-init or the shell",
+                   f"{_NODE} --url https://example.com/keto-tokens", _PATH, *_USERDATA),
+        _generated(iam_server, "server", "the IAM policy for the server (AWS)", "> policy.json", _ACCOUNT),
+        _generated(iam_client, "client", "the IAM policy for nodes (AWS)",
+                   "--read-from imds > policy.json", _ACCOUNT),
+        _generated(gce_role, "server", "the IAM role for the server (Google Cloud)", "> role.yaml"),
+        _generated(rbac, "server", "the server's rights in the cluster", "| kubectl apply -f -"),
+        _generated(deployment, "server", "the server as a pod on the control plane",
+                   "--filter Role=compute | kubectl apply -f -", _PATH, _IMAGE),
+    ]
+}
+GROUPS = {
+    "check": ("ROLE", "would server or client work here?", CHECKS),
+    "generate": ("WHAT", "print units, policies, manifests, ready to be used", GENERATES),
 }
 
 
@@ -4150,6 +5127,12 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+def example(command: Command) -> str:
+    """How a command is used, for its help, folded as a shell takes it."""
+    lines = textwrap.wrap(command.example, 72, break_long_words=False, break_on_hyphens=False)
+    return "example:\n  " + " \\\n      ".join(lines)
+
+
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and those of its commands by name.  Global flags are taken by all of them."""
     about, _, exit_codes = (__doc__ or "").partition("Exit codes:")
@@ -4157,17 +5140,16 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
     parser = Parser(
-        prog="keto-tokens", description=about.partition("\n")[0], epilog=f"exit codes:{exit_codes}",
-        **shared,
+        prog="keto-tokens", description=textwrap.fill(about.partition("\n")[0], 78),
+        epilog=f"exit codes:{exit_codes}\n{example(COMMANDS['server'])}", **shared,
     )
     parser.add_argument("-v", "--version", action="version", version=f"keto-tokens {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     parsers = {}
 
     def declare(where: Any, name: str, command: Command) -> Parser:
-        example = f"example:\n  {command.example}"
         made: Parser = where.add_parser(
-            name, help=command.help, description=command.help, epilog=example, **shared
+            name, help=command.help, description=command.help, epilog=example(command), **shared
         )
         for flag in command.flags:
             flag.add_to(made)
@@ -4175,21 +5157,24 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
     for name, command in COMMANDS.items():
         parsers[name] = declare(commands, name, command)
-    check = commands.add_parser("check", help="would server or client work here?", **shared)
-    roles = check.add_subparsers(dest="role", metavar="ROLE", parser_class=Parser)
-    for role, command in CHECKS.items():
-        parsers[f"check {role}"] = declare(roles, role, command)
+    for group, (metavar, about, members) in GROUPS.items():
+        parsers[group] = commands.add_parser(group, help=about, description=about, **shared)
+        inside = parsers[group].add_subparsers(dest="role", metavar=metavar, parser_class=Parser)
+        for name, command in members.items():
+            parsers[f"{group} {name}"] = declare(inside, name, command)
+        parsers[group].epilog = example(next(iter(members.values())))
     sub = commands.add_parser("help", aliases=["h"], help="help for a command", **shared)
     sub.add_argument("topic", nargs="*", metavar="COMMAND")
-    for each in (parser, check, *parsers.values()):
+    for each in (parser, *parsers.values()):
         for flag in GLOBAL_FLAGS:
             flag.add_to(each)
-    return parser, {**parsers, "check": check}
+    return parser, parsers
 
 
 def normalized(argv: Sequence[str]) -> list[str]:
     """The arguments as argparse takes them: Go also allows `-name` and `--flag=true`."""
-    flags = [*GLOBAL_FLAGS, *(flag for command in COMMANDS.values() for flag in command.flags)]
+    commands = [*COMMANDS.values(), *CHECKS.values(), *GENERATES.values()]
+    flags = [*GLOBAL_FLAGS, *(flag for command in commands for flag in command.flags)]
     names = {"help", "version", *(flag.name for flag in flags)}
     booleans = {flag.name for flag in flags if flag.boolean}
     result = []
@@ -4222,29 +5207,44 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> argparse.N
         print(parsers.get(topic, parser).format_help(), end="")
         return None
     if options.command is None:
-        raise UsageError(f"name a command: {', '.join(COMMANDS)}, check (see keto-tokens --help)")
-    if options.command == "check" and options.role is None:
-        raise UsageError(f"check what? {', '.join(CHECKS)} (see keto-tokens check --help)")
+        names = ", ".join([*COMMANDS, *GROUPS])
+        raise UsageError(f"name a command: {names} (see keto-tokens --help)")
+    if options.command in GROUPS and options.role is None:
+        names = ", ".join(GROUPS[options.command][2])
+        raise UsageError(f"{options.command} what? {names} (see keto-tokens {options.command} --help)")
+    if options.command == "generate":
+        environ = {}  # what it prints is for another machine
     for flag in [*GLOBAL_FLAGS, *command_of(options).flags]:
         if not hasattr(options, flag.dest):
             setattr(options, flag.dest, flag.from_environment(environ))
-    check_options(options)
+    if options.command != "generate":  # which has its flags checked as those of the command it is for
+        check_options(options)
     return options
 
 
 def command_of(options: argparse.Namespace) -> Command:
     """The command that was asked for."""
-    return CHECKS[options.role] if options.command == "check" else COMMANDS[options.command]
+    if options.command in GROUPS:
+        return GROUPS[options.command][2][options.role]
+    return COMMANDS[options.command]
 
 
 def check_options(options: argparse.Namespace) -> None:
     """What only shows when all flags are known."""
     options.cloud = options.cloud or ("aws" if "filter" in options else "auto")
     check_cloud(options)
+    if "format" in options and options.join_config and options.format != "kubeadm":
+        raise UsageError("--join-config is for --format kubeadm")
+    if "format" in options and options.format == "kubeadm" and options.kubeconfig in KUBEADM_FILES:
+        raise UsageError(f"--kubeconfig: kubeadm does not join where {options.kubeconfig} is; name another")
     if "filter" not in options:
         return
     if options.command == "server" and options.leader_elect and (options.once or options.dry_run):
         raise UsageError("--leader-elect is for a server that stays, without --once and --dry-run")
+    if options.command == "server" and options.metrics_listen and (options.once or options.dry_run):
+        raise UsageError("--metrics-listen is for a server that stays; --once takes --metrics-file")
+    if options.command == "server" and options.metrics_file and options.dry_run:
+        raise UsageError("--metrics-file is for passes, and --dry-run makes none")
     filters = dict(options.filter)
     if len(filters) < len(set(options.filter)):
         raise UsageError("--filter: a tag has one value, so two filters on one key never match")
@@ -4268,16 +5268,31 @@ def check_cloud(options: argparse.Namespace) -> None:
 
 
 class LogFormatter(logging.Formatter):
-    """Lines without secrets; with a time, unless the journal adds its own."""
+    """Lines without secrets; with a time, unless the journal adds its own, and takes priorities."""
 
     def __init__(self, journal: bool):
         super().__init__("%(levelname)s %(message)s" if journal else
                          "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-        self.converter = time.gmtime
+        self.converter, self._journal = time.gmtime, journal
 
     def format(self, record: logging.LogRecord) -> str:
         """The line; a traceback is redacted as well."""
-        return redact(super().format(record))
+        text = redact(super().format(record))
+        return with_priority(text, record.levelno) if self._journal else text
+
+
+def with_priority(text: str, level: int) -> str:
+    """Each line with its priority before it, as the journal reads it: sd-daemon(3)."""
+    priority = 7 if level < logging.INFO else 6 if level < logging.WARNING else 4
+    priority = 3 if level >= logging.ERROR else priority
+    return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
+
+
+def complain(text: str) -> None:
+    """Write to stderr why the program ends."""
+    ours = redact(text)
+    line = with_priority(ours, logging.ERROR) if to_journal(os.environ) else ours
+    print(line, file=sys.stderr)
 
 
 def to_journal(environ: Mapping[str, str]) -> bool:
@@ -4308,7 +5323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop.on_signals():
             return command_of(options).run(options, stop)
     except KetoError as error:
-        print(f"keto-tokens: {redact(' '.join(str(error).split()))}", file=sys.stderr)
+        complain(f"keto-tokens: {' '.join(str(error).split())}")
         return error.exit_code
 
 
@@ -4325,7 +5340,7 @@ def run() -> NoReturn:
     except Exception:
         import traceback
 
-        sys.stderr.write(redact(traceback.format_exc()))
+        complain(traceback.format_exc().rstrip())
         code = 70
     sys.exit(code)
 

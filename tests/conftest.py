@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,12 +235,12 @@ class World:
             "--timeout", "20s", *argv, **{**self.node_environment(node), **environ},
         )
 
-    def take(self, node: str, *argv: str) -> None:
+    def take(self, node: str, *argv: str, both: Sequence[str] = ()) -> None:
         """The client takes the token, and the tag says so; on GCE it is the server that writes it."""
-        done = self.client(node, *argv)
+        done = self.client(node, *argv, *both)
         assert done.code == 0, done.err
         if self.cloud.name == "gce":
-            assert self.server(*argv).pass_line["marked"] == "1"
+            assert self.server(*both).pass_line["marked"] == "1"
 
     def node_environment(self, node: str) -> dict[str, str]:
         """What makes a process run as this instance."""

@@ -22,7 +22,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -141,7 +141,7 @@ class Kubernetes:
         self.lock = threading.RLock()
         self.authority = Authority()
         self.users = {self.admin: User("kubernetes-admin", (MASTERS, "system:authenticated"))}
-        self.rules: dict[str, list[tuple[str, str, str, str]]] = {}
+        self.rules: dict[str, Sequence[tuple[str, ...]]] = {}
         self._version = 500
         self._cache: dict[str, tuple[float, User]] = {}
         self.connections = 0
@@ -177,8 +177,9 @@ class Kubernetes:
 
     # --- what tests do -----------------------------------------------------------------------
 
-    def account(self, rules: list[tuple[str, str, str, str]], name: str = "keto-tokens") -> str:
-        """The token of a service account with rules (verb, group, resource, namespace or "")."""
+    def account(self, rules: Sequence[tuple[str, ...]], name: str = "keto-tokens") -> str:
+        """The token of a service account with rules (verb, group, resource, namespace or "", and
+        perhaps the one name)."""
         token = secrets.token_urlsafe(24)
         user = f"system:serviceaccount:kube-system:{name}"
         self.users[token] = User(user, ("system:serviceaccounts", "system:authenticated"))
@@ -310,7 +311,8 @@ class Kubernetes:
         if target.resource == "certificatesigningrequests" and user.name.startswith("system:bootstrap:"):
             return verb in ("create", "get", "list", "watch")
         ask = (verb, target.group, target.resource, target.namespace)
-        return ask in self.rules.get(user.name, [])
+        rules = self.rules.get(user.name, ())
+        return ask in rules or (*ask, target.name) in rules
 
     # --- requests --------------------------------------------------------------------------------
 

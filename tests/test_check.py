@@ -79,6 +79,16 @@ def test_all_is_well_for_the_client(faulty: World) -> None:
     assert faulty.aws.tag(node) == faulty.token_of(node)
 
 
+def test_kubeadms_file_is_looked_at_as_well(faulty: World, tmp_path: Path) -> None:
+    (node,) = faulty.aws.group("compute", 1, Role="compute")
+    faulty.server()
+    (tmp_path / "file").write_text("no folder")
+    flags = ["--ca-path", str(faulty.cluster.ca_path), "--format", "kubeadm"]
+    assert levels(client(faulty, node, *flags))["join config"] == "ok"
+    bad = client(faulty, node, *flags, "--join-config", str(tmp_path / "file" / "x"))
+    assert (bad.code, levels(bad)["join config"]) == (1, "FAIL")
+
+
 def test_a_check_changes_nothing(faulty: World) -> None:
     (node,) = faulty.aws.group("compute", 1, Role="compute")
     api(faulty).asked.clear()

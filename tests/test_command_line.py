@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import logging
 import os
 import re
+import shlex
 import socket
 import stat
 import subprocess
@@ -57,6 +60,10 @@ FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, Any], tuple[str, Any], str]] 
     "interval": (("INTERVAL",), ("1h", 3600.0), ("1ms", 0.001), "0s"),
     "once": ((), YES, NO, ""),
     "dry-run": ((), YES, NO, ""),
+    "metrics-file": (("METRICS_FILE",), *TEXTS, ""),
+    "metrics-listen": (("METRICS_LISTEN",), (":91", ("", 91)), ("[::1]:0", ("::1", 0)), "91"),
+    "format": ((), ("kubeadm", "kubeadm"), ("kubeconfig", "kubeconfig"), "nonsense"),
+    "join-config": ((), *TEXTS, ""),
     "read-from": (("READ_FROM",), ("imds", "imds"), ("api", "api"), "nonsense"),
     "timeout": (("TIMEOUT",), ("1h", 3600.0), ("1ms", 0.001), "10"),
     "node": ((), *TEXTS, ""),
@@ -76,7 +83,7 @@ VIEW = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "server": {
         **VIEW, "command": "server", "once": False, "dry_run": False, "give_up": 7200.0,
-        "no_revoke": False, "leader_elect": False,
+        "no_revoke": False, "leader_elect": False, "metrics_file": "", "metrics_listen": "",
         "auth_extra_groups": "system:bootstrappers:kubeadm:default-node-token",
     },
     "status": {**VIEW, "command": "status", "node": "", "output": "", "watch": False},
@@ -84,7 +91,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "command": "client", "cloud": "auto", "verbose": False, "master": "https://127.0.0.1:6443",
         "ca_path": "", "insecure_skip_tls_verify": False, "kubeconfig": "kubeconfig-bootstrap",
         "tag_name": "KubeletToken", "interval": 5.0, "timeout": 0.0, "ca_cert_hash": [],
-        "read_from": "auto",
+        "read_from": "auto", "format": "kubeconfig", "join_config": "",
     },
 }
 
@@ -108,7 +115,7 @@ def test_a_flag_beats_its_variable_which_beats_the_default(
     variables, (text, value), (other_text, other), bad = FLAGS[flag.name]
     assert flag.env == variables
     filtered = command == "client" or flag.name in ("filter", "all-groups")
-    base = [command, *([] if filtered else FILTER)]
+    base = [command, *([] if filtered else FILTER), *["--format=kubeadm"] * (flag.name == "join-config")]
 
     def got(*argv: str, **environ: str) -> Any:
         return getattr(parsed(*base, *argv, environ=environ), flag.dest)
@@ -153,6 +160,36 @@ def test_help_shows_each_flag_with_its_variable_and_default(
         variables = ", ".join(f"${variable}" for variable in FLAGS[flag.name][0])
         assert not variables or f"[{variables}]" in entry
         assert not flag.default or f"(default: {flag.default})" in entry
+
+
+TOPICS = ["", *keto_tokens.build_parser()[1]]
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_help_fits_a_terminal_and_shows_how(
+    program: Program, capsys: pytest.CaptureFixture[str], topic: str
+) -> None:
+    text = printed(program, capsys, "help", *topic.split(), COLUMNS="80")
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.startswith(f"usage: keto-tokens {topic}".rstrip())
+    _, example, command = text.partition("example:\n  ")
+    assert example and command.startswith(f"keto-tokens {topic}".rstrip())
+
+
+@pytest.mark.parametrize("topic", [topic for topic in TOPICS if topic not in ("", *keto_tokens.GROUPS)])
+def test_the_examples_are_commands(topic: str) -> None:
+    command = keto_tokens.build_parser()[1][topic].epilog
+    assert command is not None
+    words = shlex.split(command.partition("example:")[2].replace("\\\n", " "))
+    end = min(words.index(word) if word in words else 99 for word in (">", "|"))
+    options = parsed(*words[1:end])
+    assert " ".join(filter(None, [options.command, getattr(options, "role", "")])) == topic
+    if options.command == "generate":
+        run = keto_tokens.GENERATES[options.role].run
+        assert isinstance(run, functools.partial)
+        if options.role == "userdata":
+            options.sha256 = "0" * 64
+        assert run.args[0](options)
 
 
 @pytest.mark.parametrize("same", [
@@ -287,6 +324,12 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a folder for a kubeconfig": ([*CLIENT, "--kubeconfig", "/"], "--kubeconfig: / is a folder"),
     "an empty kubeconfig": ([*CLIENT, "--kubeconfig="], "--kubeconfig"),
     "a choice of output": (["status", *FILTER, *MASTER, "--output", "xml"], "--output: 'xml'"),
+    "a join config for nobody": ([*CLIENT, "--join-config=x"], "--join-config"),
+    "one file for two": ([*CLIENT, "--format=kubeadm", "--kubeconfig=x", "--join-config=x"], "two files"),
+    "a folder for a join config": ([*CLIENT, "--format=kubeadm", "--join-config=/"], "/ is a folder"),
+    "kubeadm's own file": (
+        [*CLIENT, "--format=kubeadm", "--kubeconfig=/etc/kubernetes/bootstrap-kubelet.conf"], "kubeadm does",
+    ),
     "a leader for one pass": ([*SERVER, "--leader-elect"], "--leader-elect"),
     **{f"{command[0]} --master={text}": ([*command, f"--master={text}"], "--master")
        for command in (SERVER, CLIENT) for text in MASTERS},
@@ -419,8 +462,16 @@ def test_the_journal_adds_its_own_times(tmp_path: Path, home: Path, journal: boo
         file.seek(0)
         line, last = file.read().splitlines()
     assert "WARNING the certificate of https://127.0.0.1:6443 is NOT verified" in line
-    assert (line.startswith("WARNING "), bool(TIMED.match(line))) == (journal, not journal)
-    assert last.startswith("keto-tokens: ")
+    assert (line.startswith("<4>WARNING "), bool(TIMED.match(line))) == (journal, not journal)
+    assert last.startswith("<3>keto-tokens: " if journal else "keto-tokens: ")
+
+
+@pytest.mark.parametrize(("level", "priority"), [(10, 7), (20, 6), (30, 4), (40, 3), (50, 3)])
+def test_the_journal_is_told_the_priority_of_each_line(level: int, priority: int) -> None:
+    record = logging.LogRecord("x", level, "", 0, "one\ntwo %s", (TOKEN,), None)
+    first, second = keto_tokens.LogFormatter(True).format(record).splitlines()
+    assert first == f"<{priority}>{logging.getLevelName(level)} one"
+    assert second == f"<{priority}>two abcdef.<redacted>"
 
 
 # --- bugs ------------------------------------------------------------------------------------------

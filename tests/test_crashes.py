@@ -127,7 +127,12 @@ def unmarked(world: World, node: str) -> None:
     world.cloud.set_tag(node, token)
 
 
-CLIENT_ROWS: list[Row] = [first_time, old_file, unmarked]
+def kubeadm(world: World, node: str) -> None:
+    world.server()
+
+
+CLIENT_ROWS: list[Row] = [first_time, old_file, unmarked, kubeadm]
+FORMAT: dict[Row, list[str]] = {kubeadm: ["--format", "kubeadm"]}
 
 
 def start(world: World, row: Row) -> str:
@@ -146,14 +151,17 @@ def start(world: World, row: Row) -> str:
     return node
 
 
-def cut(world: World, folder: Path, after: int, node: str, role: str) -> tuple[int, list[str]]:
+def cut(
+    world: World, folder: Path, after: int, node: str, role: str, *flags: str
+) -> tuple[int, list[str]]:
     """Run until after that effect; how it ended and the effects there were."""
     report = folder / "effects"
     report.write_text("")
     argv = ["server", "--once", *world.filters, *world.cluster.server_flags()]
     if role == "client":
         argv = ["client", "--master", world.cluster.url, "--ca-path", str(world.cluster.ca_path),
-                "--kubeconfig", str(world.kubeconfig(node)), "--interval", "50ms", "--timeout", "20s"]
+                "--kubeconfig", str(world.kubeconfig(node)), "--interval", "50ms", "--timeout", "20s",
+                *flags]
     environ = {**world.cloud.environment(), **world.node_environment(node)}
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "tests" / "cut.py"), str(after), str(report), *argv],
@@ -206,21 +214,23 @@ def test_a_server_killed_after_any_effect(faulty: World, tmp_path: Path, row: Ro
 
 @pytest.mark.parametrize("row", CLIENT_ROWS, ids=lambda row: row.__name__)
 def test_a_client_killed_after_any_effect(faulty: World, tmp_path: Path, row: Row) -> None:
-    node = start(faulty, row)
-    code, effects = cut(faulty, tmp_path, 0, node, "client")
+    node, flags = start(faulty, row), FORMAT.get(row, [])
+    code, effects = cut(faulty, tmp_path, 0, node, "client", *flags)
     assert code == 0 and effects[-1] in ("tag Success", "PUT KubeletToken")
+    assert effects.count("rename") == (2 if flags else 0 if row is unmarked else 1)
     for number in range(1, len(effects) + 1):
         faulty.folder = tmp_path / str(number)
         node = start(faulty, row)
         token = faulty.token_of(node)
-        code, seen = cut(faulty, tmp_path, number, node, "client")
+        code, seen = cut(faulty, tmp_path, number, node, "client", *flags)
         assert (code, seen) == (-signal.SIGKILL, effects[:number])
         path = faulty.kubeconfig(node)
         assert not path.exists() or path.read_text() == "older" or token in path.read_text()
-        faulty.take(node)
+        faulty.take(node, *flags)
         assert check_after(faulty, node) == "consumed"
         assert token in path.read_text()
-        assert [each.name for each in path.parent.iterdir()] == [path.name], "something is left over"
+        names = {path.name, "kubeadm-join.yaml"} if flags else {path.name}
+        assert {each.name for each in path.parent.iterdir()} == names, "something is left over"
 
 
 def check_after(world: World, node: str) -> str:

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
+
+import yaml
 
 from clusters import kubeconfig_of
 from conftest import BOTH, World
@@ -46,6 +49,30 @@ def test_the_kubeconfig_is_private_and_its_folders_are_not(world: World) -> None
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
     assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_kubeadm_is_told_where_the_kubeconfig_is(world: World) -> None:
+    (node,) = world.aws.group("compute", 1, Role="compute")
+    world.server()
+    path = world.kubeconfig(node)
+    beside = path.parent / "kubeadm-join.yaml"
+    token = world.token_of(node)
+    result = world.client(node, "--format", "kubeadm")
+    assert result.code == 0 and f"written join_config={beside}" in result.err
+    assert kubeconfig_of(path)["token"] == token
+    assert yaml.safe_load(beside.read_text()) == {
+        "apiVersion": "kubeadm.k8s.io/v1beta4", "kind": "JoinConfiguration",
+        "discovery": {"file": {"kubeConfigPath": str(path)}},
+    }
+    assert (stat.S_IMODE(beside.stat().st_mode), token[7:] in beside.read_text()) == (0o600, False)
+
+
+def test_kubeadms_file_can_be_elsewhere(world: World, tmp_path: Path) -> None:
+    (node,) = world.aws.group("compute", 1, Role="compute")
+    world.server()
+    elsewhere = tmp_path / "kubeadm" / "join.yaml"
+    assert world.client(node, "--format=kubeadm", "--join-config", str(elsewhere)).code == 0
+    assert str(world.kubeconfig(node)) in elsewhere.read_text()
 
 
 def test_a_second_pass_has_nothing_to_do(world: World) -> None:
@@ -174,7 +201,7 @@ def test_another_tag_name_is_another_protocol(world: World) -> None:
     (node,) = world.cloud.group("compute", 1, Role="compute")
     assert world.server("--tag-name", "Join").code == 0
     assert world.cloud.tag(node) is None
-    world.take(node, "--tag-name", "Join")
+    world.take(node, both=["--tag-name", "Join"])
     assert world.cloud.tag(node, "Join") == "Success"
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 import keto_tokens
 from clusters import StandinCluster
-from conftest import FILTER, REPOSITORY, World
+from conftest import BUILT, FILTER, REPOSITORY, World
 from standin_aws import Aws
 
 README = (REPOSITORY / "README.md").read_text()
@@ -79,14 +80,14 @@ def test_a_node_may_mark_itself_alone(name: str) -> None:
     }
 
 
-def granted() -> set[tuple[str, str, str, str]]:
-    """The rules of README's roles as (verb, group, resource, namespace)."""
-    rules = set()
-    for body in yaml.safe_load_all(blocks("yaml")[0]):
+def granted(text: str) -> set[tuple[str, ...]]:
+    """The rules of roles as (verb, group, resource, namespace) and perhaps a name."""
+    rules: set[tuple[str, ...]] = set()
+    for body in yaml.safe_load_all(text):
         for rule in body.get("rules", ()):
             namespace = body["metadata"].get("namespace", "")
             rules |= {
-                (verb, group, resource, namespace)
+                (verb, group, resource, namespace, *rule.get("resourceNames", ()))
                 for verb in rule["verbs"] for group in rule["apiGroups"] for resource in rule["resources"]
             }
     return rules
@@ -96,7 +97,8 @@ def test_the_rbac_allows_what_a_whole_life_uses_and_no_more(faulty: World) -> No
     """Issue, a name that is taken, extension, join, revocation, and a leader: every right is used."""
     assert isinstance(faulty.cluster, StandinCluster)
     api = faulty.cluster.api
-    token = api.account(sorted(granted()))
+    rules = granted(blocks("yaml")[0])
+    token = api.account(sorted(rules))
     user = api.users[token].name
     flags = [*FILTER, "--master", faulty.cluster.url, "--ca-path", str(faulty.cluster.ca_path)]
     environ = {"KUBE_SERVICE_TOKEN": token}
@@ -124,22 +126,59 @@ def test_the_rbac_allows_what_a_whole_life_uses_and_no_more(faulty: World) -> No
         (asked.verb, asked.group, asked.resource, asked.namespace)
         for asked in api.asked if asked.user == user
     }
-    assert used == granted()
+    assert used == rules
 
 
-def test_the_units_are_units(tmp_path: Any) -> None:
-    """systemd reads them without a complaint, where systemd is there to ask."""
-    import shutil
+def commands() -> list[list[str]]:
+    """The commands that README has generate something."""
+    lines = [*"".join(blocks("sh")).splitlines(), *re.findall(r"`(keto-tokens generate [a-z][^`]+)`", README)]
+    split = [shlex.split(re.sub(r" [>|].*", "", line)) for line in lines if " generate " in line]
+    return [words[1:] for words in split]
 
-    program = shutil.which("systemd-analyze")
-    if program is None:
-        pytest.skip("systemd-analyze is not on this machine")
-    for number, unit in enumerate(blocks("ini")):
-        path = tmp_path / f"keto-tokens-{number}.service"
-        path.write_text(unit.replace("/usr/local/bin/keto-tokens", "/bin/true"))
-        done = subprocess.run([program, "verify", str(path)], capture_output=True, text=True)
-        complaints = [line for line in done.stderr.splitlines() if path.name in line]
-        assert complaints == []
+
+def test_readme_shows_how_to_generate_everything_but_another_clouds() -> None:
+    import keto_tokens
+
+    assert {words[1] for words in commands()} == set(keto_tokens.GENERATES) - {"gce-role"}
+
+
+@pytest.mark.parametrize("argv", commands(), ids=" ".join)
+def test_what_readme_generates_is_generated(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import keto_tokens
+
+    monkeypatch.setattr("sys.argv", [str(BUILT)])
+    assert keto_tokens.main(argv) == 0
+    printed = capsys.readouterr().out
+    if argv[1] in ("iam-server", "iam-client", "rbac"):
+        assert printed in blocks("json") + blocks("yaml"), "README prints another one"
+
+
+def test_every_policy_of_readme_is_generated() -> None:
+    printed = [words for words in commands() if words[1] in ("iam-server", "iam-client", "rbac")]
+    assert len(printed) == len(blocks("json")) + 1 == 4
+
+
+def test_the_alerts_are_of_metrics_that_there_are() -> None:
+    import keto_tokens
+
+    (group,) = yaml.safe_load(blocks("yaml")[1])["groups"]
+    there = keto_tokens.Metrics(keto_tokens.Calls()).text().decode()
+    for rule in group["rules"]:
+        names = set(re.findall(r"keto_tokens_[a-z_]+", rule["expr"]))
+        assert names and all(f"# TYPE {name} " in there for name in names)
+        assert set(rule) == {"alert", "expr", "for", "annotations"}
+    states = re.findall(r'state="(\w+)"', str(group))
+    assert set(states) <= set(keto_tokens.STATES)
+
+
+def test_the_table_of_metrics_is_all_of_them() -> None:
+    import keto_tokens
+
+    there = keto_tokens.Metrics(keto_tokens.Calls()).text().decode()
+    listed = {f"keto_tokens_{name}" for name in re.findall(r"^\| `([a-z_]+)` \|", README, re.MULTILINE)}
+    assert listed == set(re.findall(r"^# TYPE (\S+) ", there, re.MULTILINE))
 
 
 @pytest.mark.parametrize("line", blocks("sh"))
@@ -151,8 +190,10 @@ def test_every_flag_in_readme_is_one() -> None:
     flags = [*keto_tokens.GLOBAL_FLAGS]
     for command in keto_tokens.COMMANDS.values():
         flags += command.flags
+    for command in keto_tokens.GENERATES.values():
+        flags += command.flags
     others = {"--enable-bootstrap-token-auth", "--bootstrap-kubeconfig", "--print-join-command",
-              "--resources", "--tags", "--file", "--keys", "--metadata"}
+              "--resources", "--tags", "--config", "--help", "--file", "--keys", "--metadata"}
     used = set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", README))
     assert used <= {f"--{flag.name}" for flag in flags} | others
 
