@@ -456,7 +456,7 @@ def test_the_journal_adds_its_own_times(tmp_path: Path, home: Path, journal: boo
             "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not journal)}",
             "AWS_EC2_METADATA_DISABLED": "true", "HOME": str(home),
         }
-        argv = [*CLIENT[:2], "--kubeconfig", str(tmp_path / "kubeconfig")]
+        argv = [*CLIENT[:2], "--cloud", "aws", "--kubeconfig", str(tmp_path / "kubeconfig")]
         command = [sys.executable, str(BUILT), *argv]
         assert subprocess.run(command, env=environ, stderr=file, timeout=120).returncode == 3
         file.seek(0)
