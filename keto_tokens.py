@@ -33,13 +33,11 @@ import argparse
 import base64
 import collections
 import contextlib
-import email.utils
 import enum
 import fcntl
 import functools
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
 import os
@@ -47,20 +45,18 @@ import random
 import re
 import secrets
 import signal
-import socket
-import ssl
-import subprocess
-import tempfile
 import threading
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+
+# What only some commands need is imported where it is used: help and version should answer at once.
+if TYPE_CHECKING:
+    import ssl
 
 __version__ = "0.1.0"
 
@@ -757,6 +753,8 @@ def public_key_hash(certificate: str) -> str:
     RFC 5280: Certificate > TBSCertificate > ([0] version), serial, signature, issuer, validity,
     subject, subjectPublicKeyInfo.
     """
+    import ssl
+
     top = der_items(ssl.PEM_cert_to_DER_cert(certificate))
     fields = der_items(der_path(top[0][1], 0)[1]) if len(top) == 1 else []
     body = fields[1:] if fields and fields[0][2] == b"\xa0\x03\x02\x01\x02" else fields  # version 3
@@ -944,6 +942,8 @@ def read_ca(path: str) -> str:
 
 def checked_ca(pem: str, origin: str) -> str:
     """The certificates in the text, without what else is in it, when OpenSSL can read them."""
+    import ssl
+
     found = "".join(certificates(pem))
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=found)
@@ -1134,6 +1134,8 @@ class ExecPlugin:
             return self._kept[1]
 
     def _run(self) -> str:
+        import subprocess
+
         env = {**os.environ, **self.env, "KUBERNETES_EXEC_INFO": self.info}
         try:
             done = subprocess.run(
@@ -1177,6 +1179,8 @@ def tls_context(access: Access, credential: Credential) -> ssl.SSLContext:
     Not ssl.create_default_context: from Python 3.13 on it refuses CAs without a key identifier, as
     many clusters have them.
     """
+    import ssl
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if access.insecure:
@@ -1192,6 +1196,9 @@ def tls_context(access: Access, credential: Credential) -> ssl.SSLContext:
 
 def load_client_certificate(context: ssl.SSLContext, credential: Credential, origin: str) -> None:
     """Give the context a certificate that is not in a file: the ssl module reads only files."""
+    import ssl
+    import tempfile
+
     if hasattr(os, "memfd_create"):  # memory that has a path: the key never comes near a disk
         descriptor = os.memfd_create("client-certificate")
         path = f"/proc/self/fd/{descriptor}"
@@ -1215,6 +1222,9 @@ def proxy_for(server: str, environ: Mapping[str, str]) -> str:
     As curl and kubectl do it: HTTPS_PROXY and NO_PROXY in either case; names, domains, addresses
     and CIDR blocks in NO_PROXY; never for the loopback.
     """
+    import ipaddress
+    import urllib.request
+
     url = urllib.parse.urlsplit(server)
     variable = f"{url.scheme}_proxy"
     proxy = environ.get(variable) or environ.get(variable.upper()) or ""
@@ -1230,6 +1240,8 @@ def proxy_for(server: str, environ: Mapping[str, str]) -> str:
 
 
 def _in_block(address: Any, block: str) -> bool:
+    import ipaddress
+
     try:
         return address in ipaddress.ip_network(block, strict=False)
     except ValueError:
@@ -1307,6 +1319,8 @@ class Cluster:
         return reply, credential.token
 
     def _set_clock(self, date: str | None) -> None:
+        import email.utils
+
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             moment = email.utils.parsedate_to_datetime(date or "").timestamp()
             self._clock = moment - time.monotonic()
@@ -1626,6 +1640,17 @@ _AWS_NO_CREDENTIAL = {
 }
 
 
+# What is called of AWS, by service.  The packaged file has botocore's models of just that (build.sh).
+AWS_OPERATIONS = {
+    "autoscaling": ("DescribeAutoScalingGroups",),
+    "ec2": ("CreateTags", "DescribeTags"),
+    # botocore's own, for credentials by role, by web identity (EKS), and by SSO
+    "sso": ("GetRoleCredentials",),
+    "sso-oidc": ("CreateToken",),
+    "sts": ("AssumeRole", "AssumeRoleWithWebIdentity"),
+}
+
+
 @contextlib.contextmanager
 def aws_errors(action: str, target: str = "") -> Iterator[None]:
     """Turn what botocore raises into our errors.  `action` is the IAM action, as in a policy."""
@@ -1641,6 +1666,8 @@ def aws_errors(action: str, target: str = "") -> Iterator[None]:
         raise NoCredentials(
             f"{what}: no AWS credentials: {error}; give the instance a role, or set AWS_PROFILE"
         ) from None
+    except (failures.UnknownServiceError, failures.MissingDependencyException) as error:
+        raise aws_cut(error.kwargs.get("service_name", "the AWS CRT")) from None
     except failures.BotoCoreError as error:
         raise CallFailed(f"{what}: {redact(str(error))}", again=True) from None
     except (botocore.parsers.ResponseParserError, KeyError) as error:
@@ -1662,14 +1689,33 @@ def aws_refusal(action: str, what: str, response: Mapping[str, Any]) -> KetoErro
 
 
 def aws_session() -> Any:
-    """A boto3 session; SetupError when the profile or its file is wrong."""
-    import boto3.session
+    """A botocore session; SetupError when the profile or its file is wrong.
+
+    boto3 on top of it would add nothing that is used here, and 30 ms.
+    """
     import botocore.exceptions
+    import botocore.session
 
     try:
-        return boto3.session.Session()
+        session = botocore.session.get_session()
+        session.get_scoped_config()
     except botocore.exceptions.BotoCoreError as error:
         raise SetupError(f"AWS configuration: {error}") from None
+    session.register("getattr", aws_not_packaged)
+    return session
+
+
+def aws_not_packaged(event_name: str, **_: Any) -> None:
+    """Say why an AWS client lacks a method: `event_name` is `getattr.SERVICE.METHOD`."""
+    raise aws_cut(event_name.partition(".")[2])
+
+
+def aws_cut(wish: str) -> SetupError:
+    """The error for what there is in AWS, but not in the packaged file."""
+    return SetupError(
+        f"AWS: {wish} is not in this file, which has only what it calls itself; if your credentials need "
+        "that, use a role, a web identity, SSO, a credential process or keys instead"
+    )
 
 
 def aws_client(session: Any, service: str, region: str, calls: Calls) -> Any:
@@ -1684,8 +1730,10 @@ def aws_client(session: Any, service: str, region: str, calls: Calls) -> Any:
         max_pool_connections=WORKERS,
         user_agent_extra=f"keto-tokens/{__version__}",
     )
+    with aws_errors("finding credentials"):
+        session.get_credentials()
     try:
-        client = session.client(service, region_name=region, config=config)
+        client = session.create_client(service, region_name=region, config=config)
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         raise SetupError(f"AWS {service} in region {region}: {error}") from None
 
@@ -1936,7 +1984,7 @@ class AwsInstance:
         aws_write_tag(self._ec2(), self.identify(), self._tag_name, CONSUMED)
 
     def _ec2(self) -> Any:
-        """The API's client, made when it is first needed: importing boto3 takes a while."""
+        """The API's client, made when it is first needed: importing botocore takes a while."""
         if self._ec2_client is None:
             region = aws_region_of(self._imds)
             self._ec2_client = aws_client(aws_session(), "ec2", region, self._calls)
@@ -1983,7 +2031,7 @@ def aws_pools(options: argparse.Namespace, calls: Calls, sleep: Callable[[float]
     """The server's side of AWS; the region by flag or environment, profile or metadata service."""
     if options.region:
         return AwsPools(options.region, "--region or AWS_REGION", options.tag_name, calls, sleep)
-    region = aws_session().region_name
+    region = aws_session().get_config_variable("region")
     if region:
         return AwsPools(region, "the AWS profile", options.tag_name, calls, sleep)
     try:
@@ -2115,6 +2163,8 @@ class Server:
 
         When the server is told to stop, what is under way is finished and the rest is left.
         """
+        from concurrent.futures import ThreadPoolExecutor
+
         todo = [action for action in actions if action.kind in WRITES]
         for action in actions:
             if action.kind not in WRITES:
@@ -2214,6 +2264,8 @@ class Leader:
     """
 
     def __init__(self, cluster: Cluster, namespace: str, name: str):
+        import socket
+
         self._cluster, self._name, self._done = cluster, name, threading.Event()
         self._path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
         self._identity = f"{socket.gethostname()}_{secrets.token_hex(4)}"
@@ -2644,6 +2696,8 @@ def same(one: str, other: str) -> bool:
 
 def certificate_names(access: Access) -> str:
     """The names in the certificate of a server whose CA is right, for a message."""
+    import socket
+
     context = tls_context(access, Credential())
     context.check_hostname = False
     url = urllib.parse.urlsplit(access.server)
@@ -2823,6 +2877,8 @@ def write_whole(path: Path, text: str) -> bool:
     Whoever reads it sees the old file or the new one, also after a power cut.  A file that a killed
     run left behind is cleared: it is nobody's when nobody holds its lock.
     """
+    import tempfile
+
     make_parents(path)
     prefix = f".{path.name}.keto-tokens-"
     for leftover in [each for each in path.parent.iterdir() if each.name.startswith(prefix)]:
