@@ -102,7 +102,7 @@ COMPILED = ("*.so", "*.pyd", "*.pyc")  # PyYAML's C half is one: the same file r
 UNUSED = (
     "bin", "_yaml", "**/py.typed", "**/*.pyi", "**/tests",
     "dateutil/zoneinfo/*.tar.gz", "urllib3/contrib/emscripten",
-    "prometheus_client/[adt]*/", "prometheus_client/bridge",  # adapters for web frameworks
+    *(f"prometheus_client/{name}" for name in ("aiohttp", "bridge", "django", "twisted")),
 )
 LICENCES = re.compile("(LICEN[CS]E|NOTICE|COPYING|AUTHORS)", re.IGNORECASE)
 
