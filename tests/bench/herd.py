@@ -1,0 +1,5 @@
+"""x."""
+
+
+def main(argv: list[str]) -> None:
+    """x."""
