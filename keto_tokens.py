@@ -333,6 +333,11 @@ class World:
     owner: str
     now: float
 
+    @functools.cached_property
+    def csrs_of(self) -> Mapping[str, list[Csr]]:
+        """The CSRs by token id, so that thousands of nodes do not each look at all of them."""
+        return by_token_id(self.csrs or ())
+
 
 # ---------------------------------------------------------------------------------------------
 # Decisions: pure functions, no I/O, no clock, no randomness
@@ -373,9 +378,13 @@ def owner_hash(cloud: str, scope: str, tag_name: str, filters: Mapping[str, str]
 
 def token_ids(owner: str, node_id: str) -> list[str]:
     """The ids that a node's token may have, the first one first (the others are for collisions)."""
-    texts = [json.dumps([owner, node_id, n]) for n in range(TOKEN_NAMES)]
-    digests = [int.from_bytes(hashlib.sha256(text.encode()).digest(), "big") for text in texts]
-    return [base36(digest)[:6] for digest in digests]
+    return [token_id(owner, node_id, n) for n in range(TOKEN_NAMES)]
+
+
+def token_id(owner: str, node_id: str, n: int) -> str:
+    """The n-th of them: six digits in base 36 of a hash."""
+    digest = hashlib.sha256(json.dumps([owner, node_id, n]).encode()).digest()
+    return base36(int.from_bytes(digest, "big") % 36**6).ljust(6, "0")
 
 
 def format_time(seconds: float) -> str:
@@ -443,8 +452,8 @@ def with_earlier(action: Action, world: World) -> Action:
     if action.kind not in (Kind.ISSUE, Kind.RENEW) or not world.csrs:
         return action
     ids = token_ids(world.owner, action.node.id)
-    mine = [csr for csr in world.csrs if csr.token_id in ids and csr.state is not Join.PENDING]
-    return replace(action, earlier=frozenset(csr.uid for csr in mine))
+    mine = [csr for token_id in ids for csr in world.csrs_of.get(token_id, ())]
+    return replace(action, earlier=frozenset(c.uid for c in mine if c.state is not Join.PENDING))
 
 
 def secrets_by_node(world: World, nodes: Mapping[str, Node]) -> dict[str, TokenSecret]:
@@ -509,9 +518,7 @@ def needs_rejoin(node: Node, world: World) -> bool:
 
 def certified(world: World, token_id: str) -> list[Csr]:
     """The CSRs that were made with a token id and have got their certificate."""
-    return [
-        csr for csr in world.csrs or () if csr.token_id == token_id and csr.state is Join.ISSUED
-    ]
+    return [csr for csr in world.csrs_of.get(token_id, ()) if csr.state is Join.ISSUED]
 
 
 def before_consumption(node: Node, secret: TokenSecret, now: float, policy: Policy) -> Action:
@@ -633,7 +640,7 @@ def parse_secret(body: Mapping[str, Any], owner: str) -> TokenSecret | None:
             body.get("type") == SECRET_TYPE
             and (labels.get(LABEL_MANAGED), labels.get(LABEL_OWNER)) == ("keto-tokens", owner)
             and metadata["name"] == SECRET_PREFIX + token.id
-            and token.id in token_ids(owner, node_id)
+            and any(token.id == token_id(owner, node_id, n) for n in range(TOKEN_NAMES))
         )
         return TokenSecret(
             name=metadata["name"],
@@ -775,6 +782,14 @@ def signature(token: Token, content: str) -> str:
 
 def _b64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def by_token_id(csrs: Iterable[Csr]) -> dict[str, list[Csr]]:
+    """The CSRs by the id of the token that made them."""
+    found: dict[str, list[Csr]] = {}
+    for csr in csrs:
+        found.setdefault(csr.token_id, []).append(csr)
+    return found
 
 
 def latest_csr(secret: TokenSecret, csrs: Iterable[Csr]) -> Csr | None:
@@ -1537,7 +1552,9 @@ class Joins:
         """
         try:
             csrs = self._csrs()
-            joins = {secret.name: self._join(latest_csr(secret, csrs)) for secret in secrets}
+            of = by_token_id(csrs)
+            latest = {each.name: latest_csr(each, of.get(each.token.id, ())) for each in secrets}
+            joins = {name: self._join(csr) for name, csr in latest.items()}
         except CallFailed as error:
             if error.status != 403:
                 raise
