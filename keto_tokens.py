@@ -91,7 +91,8 @@ LEASE, RENEW_DEADLINE, RENEW_EVERY = 15, 10.0, 2.0  # seconds, as Kubernetes' ow
 STUCK = 600.0  # seconds after which a node that has not joined is worth a look: booting takes less
 
 WORKERS = 8  # actions at a time: enough to fill the tagging rate at 0.5 s an action
-TAGS_PER_SECOND, TAGS_BURST = 10.0, 50.0  # half of EC2's CreateTags bucket (100, refilled 10/s)
+TAGS_PER_SECOND, TAGS_BURST = 5.0, 50.0  # half of EC2's CreateTags bucket (100, refilled 10/s): the
+# other half is for the clients' marks; a server that took more would make them fail
 PAGE, PAGES = 500, 1000  # objects a page, as kubectl asks for, and pages that are believable
 TIMEOUTS = 5.0, 20.0  # seconds to connect, and to wait for more of an answer
 LIST_LIMIT, OBJECT_LIMIT = 64 << 20, 4 << 20  # bytes of an answer that are still believable
@@ -150,6 +151,10 @@ class CallFailed(KetoError):
     def __init__(self, message: str, *, status: int = 0, again: bool = False, after: float = 0.0):
         super().__init__(message)
         self.status, self.again, self.after = status, again, after
+
+
+class Throttled(CallFailed):
+    """The cloud is asked too often, by us or by others of the account."""
 
 
 class Superseded(CallFailed):
@@ -905,9 +910,13 @@ def retrying(call: Callable[[], Any], sleep: Callable[[float], Any], attempts: i
         except KetoError as error:
             if not error.again or attempt == attempts:
                 raise
-            backoff = random.uniform(0.5, 1.0) * 0.5 * 2**attempt
-            sleep(min(10.0, max(error.after, backoff)))
+            sleep(backoff(attempt, error.after, random.random()))
     raise AssertionError("unreachable")
+
+
+def backoff(attempt: int, after: float, chance: float) -> float:
+    """Seconds to wait after the n-th failure, `after` at least when the other side asked for that."""
+    return min(10.0, max(after, (0.5 + 0.5 * chance) * 0.5 * 2.0**attempt))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1615,7 +1624,7 @@ class Instance(Protocol):
         """The value of our tag, None when it is absent."""
 
     def pause(self, interval: float) -> float:
-        """Seconds to the next look, when looks that cost something are `interval` apart."""
+        """Seconds to the next look, when one that costs something is in `interval`."""
 
     def mark_consumed(self) -> None:
         """Set our tag to CONSUMED."""
@@ -1701,8 +1710,9 @@ def aws_refusal(action: str, what: str, response: Mapping[str, Any]) -> KetoErro
         return CallFailed(f"{what}: not allowed: the IAM policy must allow {action}: {message}")
     if code in _AWS_NO_CREDENTIAL:
         return SetupError(f"{what}: AWS refused the credentials: {code}: {message}")
-    again = status >= 500 or status == 429 or "Throttl" in code or code == "RequestLimitExceeded"
-    return CallFailed(f"{what}: {code}: {message}", status=status, again=again)
+    if "Throttl" in code or code == "RequestLimitExceeded":
+        return Throttled(f"{what}: {code}: {message}", status=status, again=True)
+    return CallFailed(f"{what}: {code}: {message}", status=status, again=status >= 500 or status == 429)
 
 
 def aws_session() -> Any:
@@ -1735,13 +1745,13 @@ def aws_cut(wish: str) -> SetupError:
     )
 
 
-def aws_client(session: Any, service: str, region: str, calls: Calls) -> Any:
+def aws_client(session: Any, service: str, region: str, calls: Calls, attempts: int = 5) -> Any:
     """A client that retries throttling in botocore's standard mode, and counts its calls."""
     import botocore.config
     import botocore.exceptions
 
     config = botocore.config.Config(
-        retries={"mode": "standard", "total_max_attempts": 5},
+        retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=TIMEOUTS[0],
         read_timeout=TIMEOUTS[1],
         max_pool_connections=WORKERS,
@@ -1984,6 +1994,8 @@ class AwsInstance:
             raise CallFailed(enable, again=True)
         try:
             return self._tag_by_api()
+        except Throttled:
+            raise
         except (CallFailed, NoCredentials) as error:
             raise CallFailed(f"{enable}, and the other way fails: {error}", again=True) from None
 
@@ -2004,7 +2016,8 @@ class AwsInstance:
         """The API's client, made when it is first needed: importing botocore takes a while."""
         if self._ec2_client is None:
             region = aws_region_of(self._imds)
-            self._ec2_client = aws_client(aws_session(), "ec2", region, self._calls)
+            # One attempt: `Client` comes back by itself, and a thousand of it should not insist.
+            self._ec2_client = aws_client(aws_session(), "ec2", region, self._calls, attempts=1)
         return self._ec2_client
 
     def checks(self) -> Iterable[tuple[str, Callable[[], str]]]:
@@ -2744,21 +2757,24 @@ class Client:
         self._instance, self._trust, self._path, self._stop = instance, trust, path, stop
         self._tag_name, self._interval, self._timeout = tag_name, interval, timeout
         self._deadline = time.monotonic() + timeout if timeout else float("inf")
-        self._told = ""
+        self._told, self._looks, self._refused = "", 0, False
 
     def run(self) -> None:
         """Return when the token is consumed; TimedOut, Interrupted or NotMarked when it is not."""
         while why := self._why_not_yet():
             # What goes on unchanged is worth one line, not one for each look.
             log.log(logging.DEBUG if why == self._told else logging.INFO, "waiting: %s", why)
-            self._told = why
+            self._looks = self._looks + 1 if self._refused or why == self._told else 0
+            self._told = self._told if self._refused else why
             self._pause(why)
 
     def _why_not_yet(self) -> str:
         """One look: what we still wait for, "" when all is done."""
+        self._refused = False
         try:
             return self._look()
         except CallFailed as error:
+            self._refused = isinstance(error, Throttled)
             return str(error)
         except SetupError as error:
             if not error.again:
@@ -2820,14 +2836,26 @@ class Client:
             ) from None
 
     def _pause(self, why: str) -> None:
-        """Wait about an interval: nodes that booted together should not ask together."""
+        """Wait for the next look."""
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimedOut(f"no token after {format_duration(self._timeout)}: {why}")
-        pause = self._instance.pause(self._interval) * random.uniform(0.75, 1.25)
-        self._stop.wait(min(left, pause))
+        pause = pause_after(self._looks, self._refused, self._interval, random.random())
+        self._stop.wait(min(left, self._instance.pause(pause)))
         if self._stop.signum:
             raise Interrupted(self._stop.signum)
+
+
+def pause_after(looks: int, refused: bool, interval: float, chance: float) -> float:
+    """Seconds to the next look, after so many that found nothing new; `chance` is from [0, 1).
+
+    Nodes that booted together should not ask together, and EC2 lets all of an account describe 20 times
+    a second.  Doubled up to 12 intervals, 1,000 nodes that wait ask 17 times a second.  A node that was
+    `refused` for the rate is one of too many, and comes back at any time within 25 intervals.
+    """
+    if refused:
+        return interval * (1 + 24 * chance)
+    return interval * min(12.0, 2.0 ** min(looks, 4)) * (0.75 + 0.5 * chance)
 
 
 def token_refusal(access: Access, token: Token, sleep: Callable[[float], Any]) -> str:
@@ -3427,7 +3455,8 @@ CLIENT_FLAGS = [
     _TAG,
     Flag("read-from", "where to read the tag: imds (instance metadata, no right needed), api, or auto",
          ("READ_FROM",), one_of("auto", "imds", "api"), "auto", "SOURCE"),
-    Flag("interval", "time from look to look", ("INTERVAL",), positive_duration, "5s", "DURATION"),
+    Flag("interval", "time to the second look; it grows up to 12 times that", ("INTERVAL",),
+         positive_duration, "5s", "DURATION"),
     Flag("timeout", "give up after this time; 0 waits for ever", ("TIMEOUT",), parse_duration,
          "0", "DURATION"),
 ]
