@@ -910,13 +910,13 @@ def retrying(call: Callable[[], Any], sleep: Callable[[float], Any], attempts: i
         except KetoError as error:
             if not error.again or attempt == attempts:
                 raise
-            sleep(backoff(attempt, error.after, random.random()))
+            sleep(backoff(attempt, error.after, random.uniform(0.5, 1.0)))
     raise AssertionError("unreachable")
 
 
-def backoff(attempt: int, after: float, chance: float) -> float:
+def backoff(attempt: int, after: float, jitter: float) -> float:
     """Seconds to wait after the n-th failure, `after` at least when the other side asked for that."""
-    return min(10.0, max(after, (0.5 + 0.5 * chance) * 0.5 * 2.0**attempt))
+    return min(10.0, max(after, jitter * 0.5 * 2.0**attempt))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2840,7 +2840,7 @@ class Client:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimedOut(f"no token after {format_duration(self._timeout)}: {why}")
-        pause = pause_after(self._looks, self._refused, self._interval, random.random())
+        pause = pause_after(self._looks, self._refused, self._interval, random.uniform(0.0, 1.0))
         self._stop.wait(min(left, self._instance.pause(pause)))
         if self._stop.signum:
             raise Interrupted(self._stop.signum)

@@ -80,7 +80,7 @@ class Herd:
         if self.limits["CreateTags"].take():
             self.marked[client] = self.now
         elif attempt < keto_tokens.MARK_ATTEMPTS:
-            wait = keto_tokens.backoff(attempt, 0.0, self.random.random())
+            wait = keto_tokens.backoff(attempt, 0.0, self.random.uniform(0.5, 1.0))
             self.later(wait, self.mark, client, attempt + 1)
         else:
             self.gave_up += 1
