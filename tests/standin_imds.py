@@ -66,6 +66,9 @@ class _Server(ThreadingHTTPServer):
         self.imds = imds
         super().__init__(address, _Handler)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is not worth a traceback."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"

@@ -130,6 +130,7 @@ class Kubernetes:
     clock: float = 0.0
     auth_cache: float = AUTH_CACHE
     cleaner: bool = True  # the token cleaner
+    rounds: float = 0.0  # seconds between the rounds of the cleaners; with 0, each request sees them done
     reviews: bool = True  # False: an API server older than 1.28
     names: tuple[str, ...] = ("127.0.0.1", "localhost")
     admin: str = field(default_factory=lambda: secrets.token_urlsafe(24))
@@ -143,6 +144,8 @@ class Kubernetes:
         self.users = {self.admin: User("kubernetes-admin", (MASTERS, "system:authenticated"))}
         self.rules: dict[str, Sequence[tuple[str, ...]]] = {}
         self._version = 500
+        self._cleaned = float("-inf")
+        self._lists: dict[str, list[dict[str, Any]]] = {}  # those that are being read page by page
         self._cache: dict[str, tuple[float, User]] = {}
         self.connections = 0
         self.halves: set[str] = set()  # the secret halves of all tokens that there ever were
@@ -276,6 +279,7 @@ class Kubernetes:
     def clean(self) -> None:
         """What the cleaners of tokens and CSRs do, and the signer of cluster-info."""
         with self.lock:
+            self._cleaned = self.now()
             self._clean_requests()
             info = self.objects["configmaps", "kube-public", "cluster-info"]
             signatures = {}
@@ -335,7 +339,8 @@ class Kubernetes:
             raise self._forbidden(user, verb, target)
         try:
             with self.lock:
-                self.clean()
+                if self.now() - self._cleaned >= self.rounds:
+                    self.clean()
                 status, answer = self._do(user, verb, target, body)
         except Refusal as refusal:
             asked.status = refusal.code
@@ -388,16 +393,14 @@ class Kubernetes:
         return 200, self._found(target)
 
     def _list(self, user: User, target: Target, body: Any) -> tuple[int, Any]:
-        items = [
-            {k: v for k, v in found.items() if k not in ("kind", "apiVersion")}
-            for (resource, namespace, _), found in sorted(self.objects.items())
-            if resource == target.resource and target.namespace in ("", namespace)
-            and _selected(found, target.query)
-        ]
         group, version, kind, _ = RESOURCES[target.resource]
         start = self._continued(target.query.get("continue", ""))
-        limit = int(target.query.get("limit", "0")) or len(items)
-        rest = [item for item in items if item["metadata"]["name"] > start]
+        which = json.dumps([target.resource, target.namespace, target.query.get("labelSelector"),
+                            target.query.get("fieldSelector")])
+        if not start or which not in self._lists:  # later pages are of the moment of the first
+            self._lists[which] = self._items(target)
+        rest = [item for item in self._lists[which] if item["metadata"]["name"] > start]
+        limit = int(target.query.get("limit", "0")) or len(rest)
         metadata = {"resourceVersion": str(self._version)}
         if len(rest) > limit:
             text = json.dumps({"start": rest[limit - 1]["metadata"]["name"]})
@@ -406,6 +409,14 @@ class Kubernetes:
             "kind": f"{kind}List", "apiVersion": f"{group}/{version}" if group else version,
             "metadata": metadata, "items": rest[:limit],
         }
+
+    def _items(self, target: Target) -> list[dict[str, Any]]:
+        return [
+            {k: v for k, v in found.items() if k not in ("kind", "apiVersion")}
+            for (resource, namespace, _), found in sorted(self.objects.items())
+            if resource == target.resource and target.namespace in ("", namespace)
+            and _selected(found, target.query)
+        ]
 
     def _continued(self, token: str) -> str:
         try:

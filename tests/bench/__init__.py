@@ -1,0 +1,1 @@
+"""Benchmarks of the built file: ./build.sh bench [start|scale|herd|soak]."""
