@@ -1465,7 +1465,7 @@ def checked(what: str, reply: Reply, origin: str, hide: Sequence[str]) -> dict[s
     if reply.status == 401:
         raise Refused(f"{what}: 401: the cluster does not know the credential of {origin}")
     if reply.status == 403:
-        message += " (the rules that are needed are in README, under RBAC)"
+        message += " (the rules that are needed are in README, under Rights)"
     if reply.status == 409:
         raise Superseded(f"{what}: 409: {message}", status=409)
     again = reply.status == 429 or reply.status >= 500
@@ -2350,7 +2350,7 @@ def google_answer(what: str, reply: Reply, hide: Sequence[str]) -> dict[str, Any
     reasons = {str(dig(each, "reason")) for each in dig_list(body, "error", "errors")}
     throttled = reply.status == 429 or bool(reasons & {"rateLimitExceeded", "userRateLimitExceeded"})
     if reply.status == 403 and not throttled:
-        message += " (the role that is needed is in README, under GCE)"
+        message += " (the role that is needed is in README, under Rights)"
     raise CallFailed(
         f"{what}: {reply.status}: {message}", status=reply.status,
         again=throttled or reply.status >= 500,
@@ -2618,7 +2618,7 @@ class GcePools:
         path, body = f"{self._path(node.id)}/testIamPermissions", {"permissions": [permission]}
         answer = self._api.request("compute.instances.testIamPermissions", "POST", path, body=body)
         if permission not in dig_list(answer, "permissions"):
-            raise SetupError("not allowed (the role that is needed is in README, under GCE)")
+            raise SetupError("not allowed (the role that is needed is in README, under Rights)")
         acts = "; where nodes have a service account, iam.serviceAccounts.actAs on that is needed too"
         return "allowed" + (acts if permission.endswith("setMetadata") else "")
 
@@ -4154,7 +4154,7 @@ class Preflight:
         for verb, group, resource, where, optional in wanted:
             call = functools.partial(may, cluster, verb, group, resource, where, optional)
             if not self.step(f"{verb} {resource}", call):
-                self.findings[-1]["text"] += " (README, RBAC)"
+                self.findings[-1]["text"] += " (README, Rights)"
 
 
 def may(cluster: Cluster, verb: str, group: str, resource: str, where: str, optional: bool) -> str:

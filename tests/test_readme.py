@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,7 +98,7 @@ def test_the_rbac_allows_what_a_whole_life_uses_and_no_more(faulty: World) -> No
     """Issue, a name that is taken, extension, join, revocation, and a leader: every right is used."""
     assert isinstance(faulty.cluster, StandinCluster)
     api = faulty.cluster.api
-    rules = granted(blocks("yaml")[0])
+    rules = granted(next(block for block in blocks("yaml") if "ClusterRole" in block))
     token = api.account(sorted(rules))
     user = api.users[token].name
     flags = [*FILTER, "--master", faulty.cluster.url, "--ca-path", str(faulty.cluster.ca_path)]
@@ -152,7 +153,8 @@ def test_what_readme_generates_is_generated(
 
 
 def test_every_policy_of_readme_is_generated() -> None:
-    printed = [words for words in commands() if words[1] in ("iam-server", "iam-client", "rbac", "gce-role")]
+    policies = "iam-server", "iam-client", "rbac", "gce-role"
+    printed = {tuple(words) for words in commands() if words[1] in policies}
     assert len(printed) == len(blocks("json")) + 2 == 5
 
 
@@ -185,7 +187,8 @@ def test_every_flag_in_readme_is_one() -> None:
     for command in keto_tokens.GENERATES.values():
         flags += command.flags
     others = {"--enable-bootstrap-token-auth", "--bootstrap-kubeconfig", "--print-join-command",
-              "--resources", "--tags", "--config", "--help", "--file", "--keys", "--metadata"}
+              "--resources", "--tags", "--config", "--help", "--file", "--keys", "--metadata",
+              "--register-node"}
     used = set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", README))
     assert used <= {f"--{flag.name}" for flag in flags} | others
 
@@ -198,3 +201,54 @@ def test_the_exit_codes_of_readme_are_those_of_the_program() -> None:
 def test_the_role_for_gce_is_what_the_program_needs() -> None:
     (role,) = [yaml.safe_load(block) for block in blocks("yaml") if "includedPermissions" in block]
     assert sorted(role["includedPermissions"]) == list(keto_tokens.GCE_PERMISSIONS)
+
+
+def flag_rows() -> list[str]:
+    """README's table of flags: each once, with the commands that take it."""
+    found: dict[tuple[str, str], tuple[keto_tokens.Flag, list[str]]] = {}
+    for name, command in keto_tokens.COMMANDS.items():
+        for flag in command.flags:
+            found.setdefault((flag.name, flag.help), (flag, []))[1].append(name)
+    everywhere = [(flag, ["all"]) for flag in keto_tokens.GLOBAL_FLAGS]
+    return [
+        f"| `--{flag.name}`{f', `{flag.short}`' if flag.short else ''} | {', '.join(takers)} | "
+        f"{', '.join(f'`{name}`' for name in flag.env)} | {f'`{flag.default}`' if flag.default else ''} | "
+        f"{flag.help} |"
+        for flag, takers in [*everywhere, *found.values()]
+    ]
+
+
+def test_readme_lists_every_flag_as_it_is() -> None:
+    rows = [line for line in README.splitlines() if line.startswith("| `--") and line.count("|") == 6]
+    assert rows == flag_rows()
+
+
+def runnable() -> list[str]:
+    """The commands of the chapter that one starts with, but for those of the system."""
+    chapter = README.partition("## Start in five minutes")[2].partition("\n## ")[0]
+    return re.findall(r"^ +(keto-tokens .*)$", chapter, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", runnable())
+def test_what_one_starts_with_runs(faulty: World, tmp_path: Path, line: str) -> None:
+    """Each command of it in a world in which the ones before it were run, with that world's addresses."""
+    assert isinstance(faulty.cluster, StandinCluster)
+    (node,) = faulty.aws.group("compute", 1, Role="compute")
+    if " client " in line or " status " in line:
+        faulty.server(filters=["--filter", "Role=compute"])
+    admin = tmp_path / "admin.conf"
+    user = {"name": "me", "user": {"token": faulty.cluster.api.admin}}
+    cluster = {"server": faulty.cluster.url, "certificate-authority": str(faulty.cluster.ca_path)}
+    admin.write_text(json.dumps({
+        "clusters": [{"name": "c", "cluster": cluster}], "users": [user],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "me"}}], "current-context": "x",
+    }))
+    places = {
+        "/etc/kubernetes/admin.conf": str(admin), "https://api.example.com:6443": faulty.cluster.url,
+        "/etc/kubernetes/bootstrap-kubelet.conf": str(faulty.kubeconfig(node)),
+        "sha256:HEX": keto_tokens.public_key_hash(faulty.cluster.api.authority.pem),
+    }
+    words = [places.get(word, word) for word in shlex.split(line)[1:]]
+    environ = {**faulty.node_environment(node), "GCE_METADATA_HOST": "127.0.0.1:1"}
+    result = faulty.program(*words, **environ)
+    assert result.code == 0, result.err + result.out

@@ -175,6 +175,7 @@ def test_a_server_holds_no_more_after_a_hundred_passes() -> None:
     early, late = soak.run(passes=100, nodes=40, samples=[20, 100])
     assert late.descriptors <= early.descriptors
     assert late.threads <= early.threads
-    assert late.connections <= 3 * keto_tokens.AwsPools.workers  # for each of two AWS services and the cluster
+    # for each of two AWS services and the cluster
+    assert late.connections <= 3 * keto_tokens.AwsPools.workers
     assert late.requests > 10 * late.connections
     assert late.revoked > early.revoked > 0
