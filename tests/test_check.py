@@ -135,7 +135,7 @@ def test_a_missing_right_in_the_cluster_is_found(faulty: World, missing: Any) ->
     found = levels(result)
     assert found[f"{missing[0]} {missing[2]}"] == ("warn" if optional else "FAIL")
     assert result.code == (0 if optional else 1)
-    assert "README, RBAC" in result.out or optional
+    assert "README, Rights" in result.out or optional
 
 
 def test_leases_are_needed_for_leader_election_alone(faulty: World) -> None:
