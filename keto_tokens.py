@@ -7,9 +7,10 @@ a tag of the instance.  The *client*, on the instance, takes the token from the 
 cluster accepts it, writes the kubelet's bootstrap kubeconfig and marks the tag consumed.
 
 The tag is the whole protocol between the two.  It is absent, then a token `[a-z0-9]{6}.[a-z0-9]{16}`,
-then the word `Success`.  The cluster's own Secrets are the only database: the name of a node's Secret
-is derived from the node, so creating it is the lock, and whatever a crash leaves half done is found
-again by looking.  Nothing is remembered from one pass to the next.
+then the word `Success`.  On GCE it is an item of the instance's metadata, which a node cannot write:
+there the client leaves a receipt, and the server writes the word.  The cluster's own Secrets are the only
+database: the name of a node's Secret is derived from the node, so creating it is the lock, and whatever a
+crash leaves half done is found again by looking.  Nothing is remembered from one pass to the next.
 
 Exit codes:
   0  done; the server was told to stop; the tag says that the token was consumed
