@@ -216,14 +216,14 @@ def test_the_client_of_the_wrong_cluster(faulty: World, tmp_path: Path) -> None:
     assert (result.code, levels(result)["cluster"]) == (1, "FAIL")
 
 
-@pytest.mark.parametrize(("cloud", "subject"), [
+@pytest.mark.parametrize(("named", "subject"), [
     ("auto", "cloud"), ("aws", "instance metadata"), ("gce", "instance metadata"),
 ])
 def test_the_client_where_there_is_no_instance(
-    faulty: World, monkeypatch: pytest.MonkeyPatch, cloud: str, subject: str
+    faulty: World, monkeypatch: pytest.MonkeyPatch, named: str, subject: str
 ) -> None:
     monkeypatch.setattr(keto_tokens, "retrying", lambda call, sleep, attempts: call())
-    result = faulty.program("check", "client", "--cloud", cloud, "--ca-path", str(faulty.cluster.ca_path),
+    result = faulty.program("check", "client", "--cloud", named, "--ca-path", str(faulty.cluster.ca_path),
                             AWS_EC2_METADATA_SERVICE_ENDPOINT="http://127.0.0.1:9",
                             AWS_EC2_METADATA_DISABLED="false")
     assert (result.code, levels(result)[subject]) == (1, "FAIL")

@@ -52,7 +52,7 @@ def test_the_kubeconfig_is_private_and_its_folders_are_not(world: World) -> None
 
 
 def test_kubeadm_is_told_where_the_kubeconfig_is(world: World) -> None:
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
     path = world.kubeconfig(node)
     beside = path.parent / "kubeadm-join.yaml"
@@ -68,7 +68,7 @@ def test_kubeadm_is_told_where_the_kubeconfig_is(world: World) -> None:
 
 
 def test_kubeadms_file_can_be_elsewhere(world: World, tmp_path: Path) -> None:
-    (node,) = world.aws.group("compute", 1, Role="compute")
+    (node,) = world.cloud.group("compute", 1, Role="compute")
     world.server()
     elsewhere = tmp_path / "kubeadm" / "join.yaml"
     assert world.client(node, "--format=kubeadm", "--join-config", str(elsewhere)).code == 0
