@@ -183,13 +183,21 @@ In words that any Python understands, so that an old one is told what is wrong.
 """
 import sys
 
+
+def stop(reason):
+    """End with a line, and the exit code for what cannot work as it is set up."""
+    sys.stderr.write("keto-tokens: %s\n" % reason)
+    sys.exit(3)
+
+
 if sys.version_info < (3, 10):
-    sys.exit("keto-tokens needs Python 3.10 or newer; this is Python %d.%d" % sys.version_info[:2])
+    stop("needs Python 3.10 or newer; this is Python %d.%d" % sys.version_info[:2])
 
 import os
 
 ARCHIVE = os.path.dirname(os.path.abspath(__file__))
 NAME = "keto-tokens-@BUILD@"  # what is unpacked; another version has another name
+FILES = @FILES@
 
 
 def safe(folder):
@@ -200,6 +208,12 @@ def safe(folder):
         return False
     ours = status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
     return ours and status.st_mode & 0o170000 == 0o040000
+
+
+def whole(folder):
+    """Whether no file is missing, as they are when somebody clears a cache or /tmp by age."""
+    found = (name for _, _, names in os.walk(folder) for name in names)
+    return sum(not name.endswith(".pyc") for name in found) == FILES
 
 
 def folders():
@@ -224,9 +238,10 @@ def unpack(folder):
     half = target + ".half"
     with open(os.path.join(folder, ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.path.isdir(target):
+        if whole(target):
             return
-        shutil.rmtree(half, ignore_errors=True)  # of a first start that was killed
+        for leftover in (half, target):  # of a first start that was killed, or of what is left
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             with zipfile.ZipFile(ARCHIVE) as archive:
                 for name in archive.namelist():
@@ -243,18 +258,18 @@ def unpacked():
     problems = []
     for folder in folders():
         target = os.path.join(folder, NAME)
-        if safe(folder) and safe(target):
+        if safe(folder) and safe(target) and whole(target):
             return target
         try:
             os.makedirs(folder, 0o700, exist_ok=True)
-            if not safe(folder) or os.path.lexists(target):
+            if not safe(folder) or os.path.lexists(target) and not safe(target):
                 raise OSError(0, "others could change what is in it")
             unpack(folder)
             return target
         except OSError as error:
             problems.append("%s: %s" % (folder, error.strerror))
-    sys.exit("keto-tokens: cannot unpack (%s); set SHIV_ROOT to a folder that only this user can write"
-             " and that has 10 MB free" % "; ".join(problems))
+    stop("cannot unpack (%s); set SHIV_ROOT to a folder that only this user can write"
+         " and that has 10 MB free" % "; ".join(problems))
 
 
 os.umask(os.umask(0o022) | 0o022)  # nobody else is to write what Python compiles there
@@ -287,10 +302,11 @@ with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(packed, "w") a
         entry.external_attr = 0o100644 << 16
         new.writestr(entry, data, zipfile.ZIP_DEFLATED, 9)
 
-    add("__main__.py", start.replace("@BUILD@", build))
-    for name in old.namelist():
-        if name.startswith("site-packages/"):
-            add(name, old.read(name))
+    names = [each for each in old.namelist() if each.startswith("site-packages/")]
+    files = sum(not each.endswith("/") for each in names)
+    add("__main__.py", start.replace("@BUILD@", build).replace("@FILES@", str(files)))
+    for name in names:
+        add(name, old.read(name))
 target.write_bytes(content[: content.index(b"\n") + 1] + packed.getvalue())
 target.chmod(0o755)
 digest = hashlib.sha256(target.read_bytes()).hexdigest()

@@ -29,13 +29,14 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 10):
-    sys.exit("keto-tokens needs Python 3.10 or newer; this is Python %d.%d" % sys.version_info[:2])
+    sys.exit("keto-tokens: needs Python 3.10 or newer; this is Python %d.%d" % sys.version_info[:2])
 
 import argparse
 import base64
 import collections
 import contextlib
 import enum
+import errno
 import fcntl
 import functools
 import hashlib
@@ -3434,8 +3435,10 @@ class Monitor:
 def monitored(options: argparse.Namespace, calls: Calls) -> Iterator[Monitor]:
     """The monitor that the flags ask for, listening while the block lasts."""
     file = Path(options.metrics_file).absolute() if options.metrics_file else None
-    if file and file.is_dir():
+    if file and os.path.isdir(file):
         raise UsageError(f"--metrics-file: {file} is a folder")
+    if file and not os.path.isdir(file.parent):
+        raise SetupError(f"--metrics-file: {file}: there is no folder {file.parent}")
     if file:
         path_finding(file)
     metrics = Metrics(calls) if file or options.metrics_listen else None
@@ -3658,8 +3661,18 @@ def run_status(options: argparse.Namespace, stop: Stop) -> int:
     policy = Policy(options.token_ttl)
     server = Server(pools, store, options.filter, policy, calls, stop.event)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    seen = False
     while True:
-        rows = status_rows(server, policy, options.node)
+        try:
+            rows = status_rows(server, policy, options.node)
+        except KetoError as error:
+            if not (seen and options.watch):
+                raise
+            log.error("%s", error)
+            if stop.wait(options.interval):
+                return 0
+            continue
+        seen = True
         if options.node and not rows:
             raise SetupError(f"{options.node} is in no group that matches the filters")
         if options.watch and colour:
@@ -4045,9 +4058,23 @@ def client_paths(options: argparse.Namespace) -> list[Path]:
     elif path == beside:
         raise UsageError("--kubeconfig and --join-config are two files")
     for name, each in paths.items():
-        if each.is_dir():
+        if os.path.isdir(each):
             raise UsageError(f"{name}: {each} is a folder")
+    if holds_more_than_a_token(path):
+        raise SetupError(f"--kubeconfig [KUBECONFIG]: {path} holds another credential than a bootstrap "
+                         "token, and would be replaced; name another file")
     return [*paths.values()]
+
+
+def holds_more_than_a_token(path: Path) -> bool:
+    """Whether a file is a kubeconfig with a certificate, a plugin, or a token that is no bootstrap token."""
+    try:
+        text = path.read_text()
+    except (OSError, ValueError):
+        return False
+    other = r"(?m)^[\s\-{]*\"?(client-(certificate|key)(-data)?|exec|auth-provider|tokenFile|password)\"?:"
+    tokens = re.findall(r"(?m)^\s*token:\s*[\"']?([^\s\"']+)", text)
+    return bool(re.search(other, text)) or not all(map(parse_token, tokens))
 
 
 def client_trust(options: argparse.Namespace, stop: Stop) -> Callable[[Token], Access]:
@@ -4077,6 +4104,8 @@ def this_instance(options: argparse.Namespace, stop: Stop) -> Instance:
 def run_client(options: argparse.Namespace, stop: Stop) -> int:
     """The client command; the exit code."""
     paths, trust = client_paths(options), client_trust(options, stop)
+    for path in paths:
+        path_finding(path)  # to be told now, and not when the token is there
     client = Client(
         this_instance(options, stop),
         trust,
@@ -4252,18 +4281,19 @@ def check_client(look: Preflight, options: argparse.Namespace, stop: Stop) -> No
         look.step("cluster-info", lambda: info_finding(unverified, None, stop.wait))
         return
     some = token or Token("", "")
-    access = look.find("trust", lambda: (trust(some), "by a file, or not at all" if known else
-                                         "by cluster-info, and the same over verified TLS"))
+    way = "by --ca-path" if options.ca_path else "none: nothing is verified, as was asked" if known else (
+        "by cluster-info, and the same over verified TLS")
+    access = look.find("trust", lambda: (trust(some), way))
     if access and look.cluster(Cluster(access, Calls(), stop.wait)) and token:
         look.step("bootstrap token", lambda: live_finding(access, token, stop.wait))
 
 
 def path_finding(path: Path) -> str:
     """Whether the kubeconfig can be written; the nearest folder that is there decides."""
-    folder = next(folder for folder in path.parents if folder.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    folder = next(folder for folder in path.parents if os.path.lexists(folder))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise SetupError(f"{path} cannot be written: {folder} is no folder that we may write in")
-    return f"{path} {'is there' if path.exists() else 'can be written'}"
+    return f"{path} {'is there' if os.path.exists(path) else 'can be written'}"
 
 
 def tag_finding(instance: Instance, tag_name: str) -> tuple[Token | None, str]:
@@ -4414,11 +4444,11 @@ WantedBy=timers.target
 """
 
 CRON = """\
-# /etc/cron.d/keto-tokens: a pass a minute, none while the last one still runs.  What it says goes to
+# /etc/cron.d/keto-tokens: passes, none while the last one still runs.  What they say goes to
 # syslog; what a pass could not do is done by the next.
 SHELL=/bin/sh
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-* * * * * root flock -n /run/keto-tokens.lock @COMMAND@ 2>&1 | logger -t keto-tokens
+@EVERY@ * * * * root flock -n /run/keto-tokens.lock @COMMAND@ 2>&1 | logger -t keto-tokens
 """
 
 RBAC = """\
@@ -4500,7 +4530,7 @@ spec:
         args:
         @ARGS@
         env:
-        - {name: SHIV_ROOT, value: /cache}  # where the file unpacks itself
+        - {name: SHIV_ROOT, value: /cache/keto-tokens}  # where the file unpacks itself, for us alone
         ports:
         - {name: metrics, containerPort: @PORT@}
         # A loop of passes that hangs is restarted; one whose passes fail is not ready.
@@ -4648,9 +4678,13 @@ def systemd_timer(options: argparse.Namespace) -> str:
 
 
 def cron(options: argparse.Namespace) -> str:
-    """A pass a minute."""
+    """A pass a minute, or every so many minutes of an hour."""
+    minutes = parse_duration(options.interval or "1m") / 60
+    if minutes not in (*range(1, 31),) or 60 % minutes:
+        raise UsageError("--interval: cron can do 1m, 2m, 3m, 4m, 5m, 6m, 10m, 12m, 15m, 20m and 30m")
     words = [word for each in server_invocation(options, once=True, interval="") for word in each]
-    line = fill(CRON, COMMAND=" ".join([options.path, "server", *map(cron_word, words)]))
+    every = "*" if minutes == 1 else f"*/{minutes:.0f}"
+    line = fill(CRON, EVERY=every, COMMAND=" ".join([options.path, "server", *map(cron_word, words)]))
     if len(line.splitlines()[-1].encode()) > 998:  # Debian's cron
         raise UsageError("that does not fit into a crontab's line of 998 bytes")
     return line
@@ -4928,6 +4962,14 @@ def parse_sha256(text: str) -> str:
     return text.lower()
 
 
+def parse_download(text: str) -> str:
+    """The URL of a file, which unlike a server's may have a query, as presigned ones have."""
+    parse_url(text.partition("?")[0])
+    if not text.isprintable() or " " in text or "#" in text:
+        raise ValueError("not a URL such as https://example.com/keto-tokens")
+    return text
+
+
 def parse_groups(text: str) -> str:
     """Groups for the token's user, comma separated, as the API server wants them.
 
@@ -5015,7 +5057,7 @@ class Flag:
             return text
 
         kept = parse_bool if self.boolean else text_of
-        return replace(self, help=self.describe(), env=(), parse=kept, default="")
+        return replace(self, help=replace(self, env=()).describe(), env=(), parse=kept, default="")
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Declare the flag; its value is only there when it was given."""
@@ -5177,7 +5219,7 @@ _PATH = Flag("path", "where the file is installed", parse=parse_program, metavar
 _ACCOUNT = Flag("account", "AWS account of the instances", parse=parse_account, metavar="ID",
                 default="111122223333")
 _USERDATA = [
-    Flag("url", "where nodes download the file", parse=parse_url, metavar="URL"),
+    Flag("url", "where nodes download the file", parse=parse_download, metavar="URL"),
     Flag("sha256", "what it must be; else that of the file that generates", parse=parse_sha256,
          metavar="HEX"),
     Flag("shell", "a shell script instead of cloud-init's YAML", parse=parse_bool),
@@ -5445,15 +5487,18 @@ def run() -> NoReturn:
         try:
             code = main()
         finally:  # --help ends in a SystemExit
-            sys.stdout.flush()
+            if sys.stdout:  # which is None when it was closed
+                sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except Exception:
+    except Exception as error:
         import traceback
 
-        complain(traceback.format_exc().rstrip())
-        code = 70
+        full = getattr(error, "errno", 0) == errno.ENOSPC  # of files that we write, the callers tell
+        complain("keto-tokens: the output cannot be written: no space left" if full else
+                 traceback.format_exc().rstrip())
+        code = 3 if full else 70
     sys.exit(code)
 
 

@@ -575,5 +575,5 @@ def test_the_built_file_tells_an_old_python(version: str) -> None:
     if not pythons:
         pytest.skip(f"no Python {version} is here")
     done = subprocess.run([str(pythons[0]), str(BUILT), "--version"], capture_output=True, text=True, env={})
-    sentence = f"keto-tokens needs Python 3.10 or newer; this is Python {version}\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", sentence)
+    sentence = f"keto-tokens: needs Python 3.10 or newer; this is Python {version}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", sentence)

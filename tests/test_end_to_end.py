@@ -8,10 +8,13 @@ import os
 import stat
 from pathlib import Path
 
+import pytest
 import yaml
 
-from clusters import kubeconfig_of
+import keto_tokens
+from clusters import StandinCluster, kubeconfig_of
 from conftest import BOTH, World
+from standin_kubernetes import status
 
 pytestmark = BOTH
 
@@ -214,3 +217,57 @@ def test_servers_of_other_filters_keep_out_of_each_others_way(world: World) -> N
     assert len(owners) == 2
     assert world.cloud.tag(compute) == world.token_of(compute)
     assert world.cloud.tag(storage) == world.token_of(storage)
+
+
+OTHERS = {
+    "a certificate": "users:\n- name: a\n  user:\n    client-certificate-data: eA==\n",
+    "JSON": '{"users": [{"name": "a", "user": {\n"client-certificate": "x"}}]}',
+    "a plugin": "users:\n- name: a\n  user:\n    exec:\n      command: x\n",
+    "a token": "users:\n- name: a\n  user:\n    token: eyJhbGciOiJSUzI1NiJ9.e30.x\n",
+}
+
+
+@pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)
+def test_a_kubeconfig_with_another_credential_is_not_replaced(world: World, content: str) -> None:
+    """$KUBECONFIG may name an admin's, as kubeadm says to set it."""
+    (node,) = world.cloud.group("compute", 1, Role="compute")
+    world.server()
+    path = world.kubeconfig(node)
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    result = world.client(node)
+    assert (result.code, path.read_text()) == (3, content)
+    assert "holds another credential" in result.err
+    assert world.cloud.tag(node) == world.token_of(node)
+
+
+def test_a_kubeconfig_of_an_earlier_bootstrap_is_replaced(world: World) -> None:
+    (node,) = world.cloud.group("compute", 1, Role="compute")
+    world.server()
+    path = world.kubeconfig(node)
+    path.parent.mkdir(parents=True)
+    path.write_text("users:\n- name: a\n  user:\n    token: abcdef.0123456789abcdef\n")
+    assert world.client(node).code == 0
+    assert world.token_of(node) in path.read_text()
+
+
+def test_a_watch_goes_on_when_the_cluster_is_away_for_a_moment(faulty: World) -> None:
+    """The first look must succeed; one that fails later is told, and the next one comes."""
+    assert isinstance(faulty.cluster, StandinCluster)
+    faulty.cloud.group("compute", 1, Role="compute")
+    api, looks = faulty.cluster.api, []
+    stop = keto_tokens.Stop()
+
+    def wait(seconds: float) -> bool:
+        looks.append(seconds)
+        if len(looks) == 1:
+            api.fail("GET", "/secrets", status(403))
+        return len(looks) == 3
+
+    stop.wait = wait  # type: ignore[method-assign]
+    options = keto_tokens.parse_options(
+        ["status", "--watch", *faulty.filters, *faulty.cluster.server_flags()], os.environ)
+    assert options is not None
+    keto_tokens.set_up_logging(False)
+    assert keto_tokens.run_status(options, stop) == 0
+    assert len(looks) == 3

@@ -405,7 +405,7 @@ def test_the_parts_of_the_deployment_fit_together(argv: list[str]) -> None:
     assert [pod["serviceAccountName"]] == accounts
     assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
     mounts = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
-    assert mounts[container["command"][1]] == "program" and mounts[container["env"][0]["value"]] == "cache"
+    assert mounts[container["command"][1]] == "program" and mounts[os.path.dirname(container["env"][0]["value"])] == "cache"
     (port,) = container["ports"]
     options = parsed(*pod_words(text)[1:])
     assert options["metrics_listen"] == ("", port["containerPort"])
@@ -463,3 +463,24 @@ def test_each_prints_a_file_and_touches_nothing(world: World, what: str) -> None
     result = world.program("generate", what, *USUAL.get(what, []))
     assert (result.code, result.err, world.aws.count()) == (0, "", {})
     assert result.out == generated(what, *USUAL.get(what, []))
+
+
+@pytest.mark.parametrize(("interval", "field"), [("", "*"), ("60s", "*"), ("5m", "*/5"), ("30m", "*/30")])
+def test_cron_passes_as_often_as_was_asked(interval: str, field: str) -> None:
+    given = ["--interval", interval] if interval else []
+    line = generated("cron", "--filter", "a=b", "--kubeconfig", "/k", *given).splitlines()[-1]
+    assert line.split()[:5] == [field, "*", "*", "*", "*"]
+
+
+@pytest.mark.parametrize("interval", ["90s", "7m", "1h", "10s"])
+def test_what_cron_cannot_do_is_refused(interval: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", "cron", "--filter", "a=b", "--kubeconfig", "/k", "--interval", interval]
+    assert keto_tokens.main(argv) == 2
+    assert "--interval" in capsys.readouterr().err
+
+
+def test_a_presigned_url_is_a_url() -> None:
+    url = "https://b.s3.amazonaws.com/keto-tokens?X-Amz-Signature=a%2Fb&X-Amz-Date=1"
+    text = generated("userdata", "--master", "https://api:6443", "--ca-path", "/ca", "--url", url,
+                     "--sha256", "ab" * 32, "--shell")
+    assert url in shlex.split(text.replace("\n", " "), comments=False)

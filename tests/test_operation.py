@@ -343,6 +343,8 @@ def test_metrics_that_cannot_be_written_are_told_before_anything_is_done(
     assert (result.code, len(result.err.splitlines())) == (3, 1)
     assert str(tmp_path / "file" / "x.prom") in result.err
     assert faulty.server("--metrics-file", str(tmp_path)).code == 2
+    assert faulty.server("--metrics-file", str(tmp_path / "typo" / "x.prom")).code == 3
+    assert not (tmp_path / "typo").exists()
     assert (faulty.aws.count(), faulty.cluster.token_secrets()) == ({}, [])
 
 

@@ -282,13 +282,24 @@ def test_a_first_start_that_was_killed_is_made_good(moment: str, tmp_path: Path)
     assert whole(tmp_path)
 
 
+@pytest.mark.parametrize("lost", ["keto_tokens.py", "botocore/data/endpoints.json", ""], ids=str)
+def test_what_somebody_cleared_is_unpacked_again(tmp_path: Path, lost: str) -> None:
+    """As cleaners do to caches and /tmp, by age and file by file."""
+    assert start(env={"SHIV_ROOT": str(tmp_path)}).out == VERSION
+    (unpacked,) = tmp_path.glob("keto-tokens-*")
+    for path in [path for path in unpacked.rglob(lost or "*") if path.is_file()]:
+        path.unlink()
+    assert start(env={"SHIV_ROOT": str(tmp_path)}).out == VERSION
+    assert whole(tmp_path)
+
+
 def test_a_file_that_cannot_be_written_whole_is_no_start(tmp_path: Path) -> None:
     """As on a full disk, which takes root to have."""
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     result = start(env={"SHIV_ROOT": str(tmp_path)}, preexec_fn=limit)
-    assert result.code == 1
+    assert result.code == 3
     assert f"cannot unpack ({tmp_path}: File too large); set SHIV_ROOT" in result.err
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
@@ -331,7 +342,7 @@ def test_nothing_outside_the_file_is_imported(tmp_path: Path, home: Path) -> Non
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of elsewhere')")
     environ = {"PYTHONPATH": str(tmp_path), "SHIV_ROOT": str(home), "AWS_EC2_METADATA_DISABLED": "true"}
     assert start(env=environ).out == VERSION
-    result = run_built("client", "--kubeconfig", str(tmp_path / "k"), environ=environ)
+    result = run_built("client", "--cloud", "aws", "--kubeconfig", str(tmp_path / "k"), environ=environ)
     assert (result.code, "elsewhere" in result.err) == (3, False)
 
 
@@ -363,7 +374,7 @@ def test_mounts(name: str, tmp_path: Path) -> None:
     result = start("unshare", "-m", "sh", "-ec", f'D={folder}; {mount}; exec "$@"', "sh",
                    env={"SHIV_ROOT": str(folder), "PATH": os.environ["PATH"]})
     if problem:
-        assert result.code == 1
+        assert result.code == 3
         assert f"cannot unpack ({folder}: {problem}); set SHIV_ROOT" in result.err
     else:
         assert result.out == VERSION

@@ -893,7 +893,7 @@ def test_a_start_without_the_right_to_leases_names_it(faulty: World, verb: str) 
     (line,) = (line for line in result.err.splitlines() if " INFO started " not in line)
     assert line.startswith("keto-tokens: ")
     assert f'cannot {verb} resource "leases" in API group "coordination.k8s.io"' in line
-    assert "RBAC" in line
+    assert "Rights" in line
     assert token not in result.err
     assert (faulty.aws.count(), tokens(api)) == ({}, {})
 
