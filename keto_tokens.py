@@ -2791,15 +2791,15 @@ class AutoInstance:
     def __init__(
         self, options: argparse.Namespace, calls: Calls, sleep: Callable[[float], Any]
     ):
-        self._parts, self._sleep = (options, calls, sleep), sleep
+        self._parts, self._sleep, self._cloud = (options, calls, sleep), sleep, ""
         self._found: Instance | None = None
 
     def _instance(self) -> Instance:
         if self._found is None:
             options, calls, sleep = self._parts
-            cloud = CLOUDS[detect_cloud(sleep)]
-            cloud.check(options)
-            self._found = cloud.instance(options, calls, sleep)
+            self._cloud = detect_cloud(sleep)
+            CLOUDS[self._cloud].check(options)
+            self._found = CLOUDS[self._cloud].instance(options, calls, sleep)
         return self._found
 
     def identify(self) -> str:
@@ -2820,7 +2820,7 @@ class AutoInstance:
 
     def checks(self) -> Iterable[tuple[str, Callable[[], str]]]:
         """That a cloud answers, and what it has to check."""
-        yield "cloud", lambda: "by its metadata: " + type(self._instance()).__name__
+        yield "cloud", lambda: f"{self._instance() and self._cloud}, by its metadata"
         yield from self._found.checks() if self._found else ()
 
 

@@ -405,7 +405,8 @@ def test_the_parts_of_the_deployment_fit_together(argv: list[str]) -> None:
     assert [pod["serviceAccountName"]] == accounts
     assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
     mounts = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
-    assert mounts[container["command"][1]] == "program" and mounts[os.path.dirname(container["env"][0]["value"])] == "cache"
+    assert mounts[container["command"][1]] == "program"
+    assert mounts[os.path.dirname(container["env"][0]["value"])] == "cache"
     (port,) = container["ports"]
     options = parsed(*pod_words(text)[1:])
     assert options["metrics_listen"] == ("", port["containerPort"])

@@ -187,7 +187,7 @@ def test_every_flag_in_readme_is_one() -> None:
     for command in keto_tokens.GENERATES.values():
         flags += command.flags
     others = {"--enable-bootstrap-token-auth", "--bootstrap-kubeconfig", "--print-join-command",
-              "--resources", "--tags", "--config", "--help", "--file", "--keys", "--metadata",
+              "--resources", "--tags", "--config", "--help", "--version", "--file", "--keys", "--metadata",
               "--register-node"}
     used = set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", README))
     assert used <= {f"--{flag.name}" for flag in flags} | others
@@ -208,7 +208,7 @@ def flag_rows() -> list[str]:
     found: dict[tuple[str, str], tuple[keto_tokens.Flag, list[str]]] = {}
     for name, command in keto_tokens.COMMANDS.items():
         for flag in command.flags:
-            found.setdefault((flag.name, flag.help), (flag, []))[1].append(name)
+            found.setdefault((flag.name, f"{flag.help}{flag.default}"), (flag, []))[1].append(name)
     everywhere = [(flag, ["all"]) for flag in keto_tokens.GLOBAL_FLAGS]
     return [
         f"| `--{flag.name}`{f', `{flag.short}`' if flag.short else ''} | {', '.join(takers)} | "
