@@ -226,8 +226,7 @@ def unpack(folder):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if os.path.isdir(target):
             return
-        shutil.rmtree(half, ignore_errors=True)  # of a first start that was killed
-        try:
+        try:  # over what a first start that was killed may have left
             with zipfile.ZipFile(ARCHIVE) as archive:
                 for name in archive.namelist():
                     if name.startswith("site-packages/"):
