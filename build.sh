@@ -301,6 +301,7 @@ PYTHON
 run_tests() {
     build
     .venv/bin/flake8 keto_tokens.py tests
+    .venv/bin/flake8 --isolated --max-line-length 110 build/start.py
     .venv/bin/mypy
     .venv/bin/python -m pytest "$@"
 }
