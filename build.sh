@@ -240,9 +240,8 @@ def unpack(folder):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if whole(target):
             return
-        for leftover in (half, target):  # of a first start that was killed, or of what is left
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
+        shutil.rmtree(target, ignore_errors=True)  # what a cleaner has left of it
+        try:  # over what a first start that was killed may have left
             with zipfile.ZipFile(ARCHIVE) as archive:
                 for name in archive.namelist():
                     if name.startswith("site-packages/"):
@@ -318,6 +317,7 @@ PYTHON
 run_tests() {
     build
     .venv/bin/flake8 keto_tokens.py tests
+    .venv/bin/flake8 --isolated --max-line-length 110 build/start.py
     .venv/bin/mypy
     .venv/bin/python -m pytest "$@"
 }

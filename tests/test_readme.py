@@ -187,7 +187,7 @@ def test_every_flag_in_readme_is_one() -> None:
     for command in keto_tokens.GENERATES.values():
         flags += command.flags
     others = {"--enable-bootstrap-token-auth", "--bootstrap-kubeconfig", "--print-join-command",
-              "--resources", "--tags", "--config", "--help", "--version", "--file", "--keys", "--metadata",
+              "--resources", "--tags", "--config", "--help", "--file", "--keys", "--metadata",
               "--register-node"}
     used = set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", README))
     assert used <= {f"--{flag.name}" for flag in flags} | others
