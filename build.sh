@@ -181,6 +181,7 @@ pack() {
 
 In words that any Python understands, so that an old one is told what is wrong.
 """
+import os
 import sys
 
 
@@ -193,11 +194,9 @@ def stop(reason):
 if sys.version_info < (3, 10):
     stop("needs Python 3.10 or newer; this is Python %d.%d" % sys.version_info[:2])
 
-import os
-
 ARCHIVE = os.path.dirname(os.path.abspath(__file__))
 NAME = "keto-tokens-@BUILD@"  # what is unpacked; another version has another name
-FILES = @FILES@
+FILES = int("@FILES@")
 
 
 def safe(folder):

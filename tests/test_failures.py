@@ -468,7 +468,7 @@ def test_a_kubeconfig_that_cannot_be_written(faulty: World, tmp_path: Path) -> N
     blocked.write_text("not a folder")
     result = faulty.client(node, "--kubeconfig", str(blocked / "kubeconfig"))
     assert result.code == 3
-    assert f"cannot write {blocked}/kubeconfig: {blocked}: File exists" in result.err
+    assert f"{blocked}/kubeconfig cannot be written: {blocked} is no folder" in result.err
     assert faulty.aws.tag(node) == faulty.token_of(node)
 
 

@@ -322,7 +322,7 @@ def test_what_others_could_have_put_there_is_not_run(what: str, tmp_path: Path) 
         target.rename(elsewhere)
         target.symlink_to(elsewhere) if what == "a symlink" else target.write_text("")
     result = start(env={"SHIV_ROOT": str(root)})
-    assert (result.code, result.out) == (1, "")
+    assert (result.code, result.out) == (3, "")
     assert f"cannot unpack ({root}: others could change what is in it); set SHIV_ROOT" in result.err
 
 
